@@ -1,0 +1,1 @@
+"""Inference without PyTorch: engines, KV cache, sessions, policies and servers."""

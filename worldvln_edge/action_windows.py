@@ -1,0 +1,91 @@
+"""From window logits to the actions of a segment: de-normalise, average overlapping windows, slice, convert units.
+
+Legend: K windows, k window, j motion inside a window, F frames, frame indices 1-based.
+Source: spec/action_decoder.md 4, 5.
+"""
+
+import msgspec
+import numpy as np
+
+from worldvln_edge.poses import deltas_to_actions
+
+
+class LabelStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Mean and standard deviation of the labels; angles in the order yaw, pitch, roll (rad), translation in m."""
+
+    mean_angles: tuple[float, float, float]
+    std_angles: tuple[float, float, float]
+    mean_t: tuple[float, float, float]
+    std_t: tuple[float, float, float]
+
+    @property
+    def mean(self) -> np.ndarray:
+        return np.array(self.mean_angles + self.mean_t, np.float32)
+
+    @property
+    def std(self) -> np.ndarray:
+        return np.array(self.std_angles + self.std_t, np.float32)
+
+
+def context_frame(observed_frames: int, left_context: int) -> int:
+    """First frame (1-based) that the windows of a segment look at."""
+    return max(1, observed_frames - left_context + 1)
+
+
+def window_starts(frames: int, window: int, stride: int = 1) -> list[int]:
+    """First frames (0-based) of the windows over `frames` frames; the last one is aligned to the end.
+
+    Raises:
+        ValueError: fewer frames than one window, or a stride below 1.
+    """
+    if frames < window or stride < 1:
+        raise ValueError(f"{frames} frames at stride {stride} hold no window of {window}; send at least {window} frames")
+    starts = list(range(0, frames - window + 1, stride))
+    if starts[-1] != frames - window:
+        starts.append(frames - window)
+    return starts
+
+
+def average_windows(window_deltas: np.ndarray, starts: list[int], frames: int) -> np.ndarray:
+    """Mean of all window predictions of a motion: float32 [frames, 6]; row t is the motion from frame t-1 to t.
+
+    Args:
+        window_deltas: [K, window-1, 6], de-normalised.
+        starts: first frame (0-based) of each window.
+        frames: number of frames; row 0 stays zero.
+    """
+    total, count = np.zeros((frames, 6), np.float32), np.zeros((frames, 1), np.float32)
+    for start, deltas in zip(starts, window_deltas, strict=True):
+        total[start + 1 : start + 1 + len(deltas)] += deltas
+        count[start + 1 : start + 1 + len(deltas)] += 1
+    return total / np.maximum(count, 1)
+
+
+def segment_actions(
+    logits: np.ndarray,
+    stats: LabelStats | None,
+    *,
+    observed_frames: int,
+    next_observed_frames: int,
+    left_context: int,
+    window: int,
+    stride: int = 1,
+) -> np.ndarray:
+    """Actions of one segment from the window logits over frames context..next_observed_frames.
+
+    Args:
+        logits: float32 [K, 6*(window-1)], before de-normalisation.
+        stats: label statistics; None uses the logits directly as rad and m.
+        observed_frames, next_observed_frames: the segment moves frame `observed_frames` to `next_observed_frames`.
+        left_context, window, stride: as in `ActionDecoderConfig`.
+
+    Returns:
+        float32 [next_observed_frames - observed_frames, 6], cm and deg.
+    """
+    first = context_frame(observed_frames, left_context)
+    frames = next_observed_frames - first + 1
+    deltas = np.asarray(logits, np.float32).reshape(len(logits), window - 1, 6)
+    if stats is not None:
+        deltas = deltas * stats.std + stats.mean
+    motion = average_windows(deltas, window_starts(frames, window, stride), frames)
+    return deltas_to_actions(motion[observed_frames - first + 1 :])

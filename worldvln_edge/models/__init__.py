@@ -1,0 +1,1 @@
+"""PyTorch modules of WorldVLN, as specified, and the checkpoint loaders."""
