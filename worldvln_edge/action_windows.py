@@ -39,7 +39,9 @@ def window_starts(frames: int, window: int, stride: int = 1) -> list[int]:
         ValueError: fewer frames than one window, or a stride below 1.
     """
     if frames < window or stride < 1:
-        raise ValueError(f"{frames} frames at stride {stride} hold no window of {window}; send at least {window} frames")
+        raise ValueError(
+            f"{frames} frames at stride {stride} hold no window of {window}; send at least {window} frames"
+        )
     starts = list(range(0, frames - window + 1, stride))
     if starts[-1] != frames - window:
         starts.append(frames - window)

@@ -1,0 +1,95 @@
+"""A policy that keeps the session rules and answers zero motion: what is left is the cost of the protocol.
+
+`worldvln-edge` measures its servers with it, and tests fly it; it follows readiness rules D and F exactly.
+Source: spec/session_protocol.md 1, 2.6.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from worldvln_edge.config import HorizonConfig
+from worldvln_edge.runtime.policy import ActionChunk, Emit, PolicyInfo
+
+
+class NullPolicy:
+    """Zero motion for any observation.
+
+    Args:
+        horizon: frames of a trajectory and of a segment.
+        image_hw: model size to report.
+        infer_s: seconds to occupy the device thread for every emitted segment, to see how a server behaves under load.
+    """
+
+    def __init__(
+        self,
+        horizon: HorizonConfig | None = None,
+        *,
+        image_hw: tuple[int, int] = (640, 640),
+        infer_s: float = 0.0,
+    ):
+        self.info = PolicyInfo(
+            name="null",
+            precision="fp32",
+            backend="null",
+            device="cpu",
+            horizon=horizon or HorizonConfig(),
+            image_hw=image_hw,
+        )
+        self.infer_s = infer_s
+
+    def new_session(
+        self, prompt: str, *, seed: int = 0, negative_prompt: str = "", emit: Emit = "ahead"
+    ) -> NullSession:
+        """Open a trajectory; the prompts are kept and not used."""
+        return NullSession(self, prompt, seed=seed, emit=emit)
+
+
+class NullSession:
+    def __init__(self, policy: NullPolicy, prompt: str, *, seed: int, emit: Emit):
+        self.prompt = prompt
+        self.frames = 0
+        self.emitted = -1
+        self._policy, self._seed, self._emit = policy, seed, emit
+
+    def observe(self, frames: Sequence[np.ndarray]) -> ActionChunk | None:
+        """See PolicySession.observe; the actions are zeros."""
+        for frame in frames:
+            if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+                raise ValueError(f"a frame must be uint8 [H, W, 3], found {frame.dtype} {list(frame.shape)}")
+        horizon = self._policy.info.horizon
+        self.frames = min(self.frames + len(frames), horizon.num_frames)
+        if self.done or self.need > 0:
+            return None
+        started = time.perf_counter()
+        if self._policy.infer_s:
+            time.sleep(self._policy.infer_s)
+        self.emitted += 1
+        points = horizon.points
+        return ActionChunk(
+            segment=self.emitted,
+            actions=np.zeros((points[self.emitted + 1] - points[self.emitted], 6), dtype=np.float32),
+            observed_frames=self.frames,
+            seed=self._seed,
+            timings_ms={"generate": (time.perf_counter() - started) * 1e3},
+        )
+
+    def set_prompt(self, prompt: str) -> None:
+        self.prompt = prompt
+
+    @property
+    def need(self) -> int:
+        if self.done:
+            return 0
+        ready_at = self._policy.info.horizon.points[self.emitted + (1 if self._emit == "ahead" else 2)]
+        return max(0, ready_at - self.frames)
+
+    @property
+    def done(self) -> bool:
+        return self.emitted == self._policy.info.horizon.segments - 1
+
+    def close(self) -> None:
+        """Nothing is held."""

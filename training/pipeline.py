@@ -1,0 +1,151 @@
+"""From flights to a checkpoint: VAE, latents, backbone, features, action heads, one after the other.
+
+Every finished stage is saved in the work folder; a run that was stopped goes on behind the last finished stage.
+Source: spec/training.md 0 (stages), 8.3 (small presets).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from worldvln_edge.config import ModelConfig
+from worldvln_edge.models.worldvln import HeadStats, WorldVLN, save_checkpoint
+from worldvln_edge.prompts import tagged_prompt
+from worldvln_edge.runtime.tokenizer import PromptTokenizer
+from worldvln_edge.training.action import ActionTrainingConfig, cache_features, train_latent_head, train_rgb_head
+from worldvln_edge.training.backbone import BackboneTrainingConfig, TextBatch, train_backbone
+from worldvln_edge.training.flight_data import load_flights
+from worldvln_edge.training.loop import OptimiserConfig
+from worldvln_edge.training.sim.instructions import instruction_vocabulary
+from worldvln_edge.training.tokenizer import build_word_tokenizer
+from worldvln_edge.training.vae import VaeTrainingConfig, encode_flights, train_vae
+
+TIME_EMBED_STD = 0.7  # spec/training.md 8.6: small heads learn motion only from a large time embedding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything a run depends on besides preset, data and seed."""
+
+    vae: VaeTrainingConfig = VaeTrainingConfig()
+    backbone: BackboneTrainingConfig = BackboneTrainingConfig()
+    action: ActionTrainingConfig = ActionTrainingConfig()
+    rgb: ActionTrainingConfig = ActionTrainingConfig(
+        optimiser=OptimiserConfig(learning_rate=1.5e-3, steps=1000, weight_decay=0.05)
+    )
+    feature_flights: int = 1400  # flights whose decoder features are cached; 0.8 MB each for `nano`
+
+    def scaled(self, share: float) -> Recipe:
+        """The same recipe with every stage's steps multiplied (rehearsals, tests)."""
+
+        def shorter(stage):
+            steps = max(2, int(stage.optimiser.steps * share))
+            return replace(stage, optimiser=replace(stage.optimiser, steps=steps))
+
+        return replace(
+            self,
+            vae=shorter(self.vae),
+            backbone=shorter(self.backbone),
+            action=shorter(self.action),
+            rgb=shorter(self.rgb),
+        )
+
+
+def train_model(
+    config: ModelConfig, data: Path, work: Path, out: Path, *, seed: int = 0, recipe: Recipe, limit: int | None = None
+) -> None:
+    """Train every network of a small preset and write the checkpoint folder `out`.
+
+    Args:
+        config: preset.
+        data: folder of flight shards.
+        work: finished stages and the loss curve.
+        out: checkpoint folder.
+        seed: of initial weights and all draws.
+        recipe: stages.
+        limit: use at most that many flights.
+
+    Raises:
+        FlightDataError: data that does not fit the preset.
+        TrainingDivergedError: losses that are not finite.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    curve = work / "loss_curve.jsonl"
+    flights = load_flights(data, num_frames=config.horizon.num_frames, image_hw=config.image_hw, limit=limit)
+    stats = flights.label_stats()
+    torch.manual_seed(seed)
+    model = WorldVLN(config)
+    with torch.no_grad():
+        for head in (model.latent_head, model.rgb_head):
+            nn.init.normal_(head.tsformer.time_embed, std=TIME_EMBED_STD)
+    tag = tagged_prompt("", config.horizon)
+    tokenizer = build_word_tokenizer(instruction_vocabulary(), tag, config.text_encoder.vocabulary)
+    text = TextBatch(flights.instructions, PromptTokenizer(tokenizer, config.world_model.text_max_tokens), config)
+
+    stages = _Stages(work, {"seed": seed, "preset": config.name, "flights": len(flights), "recipe": asdict(recipe)})
+    if not stages.load("vae", model.vae):
+        train_vae(model.vae, config, flights, recipe.vae, curve, seed=seed)
+        stages.save("vae", model.vae)
+    latents = encode_flights(model.vae, flights)
+    backbone = nn.ModuleDict({"text_encoder": model.text_encoder, "world_model": model.world_model})
+    if not stages.load("sft", backbone):
+        train_backbone(
+            model.text_encoder, model.world_model, config, latents, text, recipe.backbone, curve, seed=seed + 1
+        )
+        stages.save("sft", backbone)
+    if not stages.load("rgb_head", model.rgb_head):
+        train_rgb_head(model.rgb_head, flights, stats, recipe.rgb, curve, seed=seed + 2)
+        stages.save("rgb_head", model.rgb_head)
+    if not stages.load("action", model.latent_head):
+        used = min(recipe.feature_flights, len(flights))
+        cache = cache_features(
+            model.vae.eval(),
+            model.world_model.eval(),
+            model.text_encoder.eval(),
+            config,
+            latents[:used],
+            text,
+            seed=seed,
+        )
+        train_latent_head(model.latent_head, config, flights, cache, stats, recipe.action, curve, seed=seed + 3)
+        stages.save("action", model.latent_head)
+    save_checkpoint(
+        out,
+        model,
+        HeadStats(latent_head=stats, rgb_head=stats),
+        tokenizer.to_str(pretty=True),
+        extra_files={"loss_curve.jsonl": curve, "run.json": stages.run_file},
+    )
+
+
+class _Stages:
+    """Finished stages of one run; a work folder of another run is refused."""
+
+    def __init__(self, work: Path, run: dict):
+        self._work = work
+        self.run_file = work / "run.json"
+        text = json.dumps(run, indent=1) + "\n"
+        if self.run_file.exists() and self.run_file.read_text(encoding="utf-8") != text:
+            raise ValueError(f"{work} holds another run (see {self.run_file}); give an empty --work folder")
+        self.run_file.write_text(text, encoding="utf-8")
+
+    def load(self, stage: str, module: nn.Module) -> bool:
+        path = self._work / f"{stage}.safetensors"
+        if not path.exists():
+            return False
+        module.load_state_dict(load_file(path))
+        module.eval()
+        return True
+
+    def save(self, stage: str, module: nn.Module) -> None:
+        path = self._work / f"{stage}.safetensors"
+        temporary = path.with_suffix(".new")
+        save_file({k: v.detach().contiguous().clone() for k, v in module.state_dict().items()}, temporary)
+        os.replace(temporary, path)

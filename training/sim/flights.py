@@ -1,0 +1,265 @@
+"""Expert flights as training data: frames, achieved motion and instruction, in shards.
+
+A shard is an uncompressed `.npz` without pickle, written atomically:
+
+    frames        uint8    [N, 49, H, W, 3]  RGB
+    actions       float32  [N, 48, 6]        achieved motion, cm and deg, order poses.ACTION_ORDER
+    poses         float32  [N, 49, 6]        achieved poses, cm and deg
+    instructions  str      [N]
+    kinds         str      [N]
+    magnitudes    float32  [N, 2]            numbers in the text, m before deg; NaN where there are fewer
+    landmarks     str      [N]               name, or "" for a motion task
+    task_indices  int64    [N]               index in the split: generate_task(split, index)
+
+Source: spec/training.md 8.1, 8.6.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from worldvln_edge.poses import actions_between
+from worldvln_edge.tasks import Task
+from worldvln_edge.training.sim.perturbation import PerturbationConfig, perturb_path
+from worldvln_edge.training.sim.simulator import Simulator
+from worldvln_edge.training.sim.tasks import Split, generate_task, score_flight
+
+_FORMAT = 1
+_PERTURBED_CLEARANCE_M = 0.15
+_PERTURBED_DRAWS = 12
+SETTINGS_FILE = "flights.json"
+
+
+class FlightDataError(ValueError):
+    """Flight data that cannot be used. The message says which file and what to do."""
+
+
+@dataclass(frozen=True)
+class Flight:
+    task: Task
+    frames: np.ndarray  # uint8 [49, H, W, 3]
+    actions: np.ndarray  # float64 [48, 6], achieved, cm and deg
+    poses: np.ndarray  # float64 [49, 6], achieved
+    collided: bool
+
+    @property
+    def instruction(self) -> str:
+        return self.task.instruction
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlightsConfig:
+    """What all shards of a folder share."""
+
+    split: Split
+    image_hw: tuple[int, int] = (64, 64)
+    shard_flights: int = 64
+    dynamics: Literal["kinematic", "tracked"] = "kinematic"
+    perturbation: PerturbationConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.shard_flights < 1:
+            raise ValueError(f"shard_flights must be >= 1, found {self.shard_flights}")
+
+
+def fly_expert(
+    task: Task,
+    *,
+    image_hw: tuple[int, int] = (64, 64),
+    perturbation: PerturbationConfig | None = None,
+    seed: int = 0,
+    simulator: Simulator | None = None,
+) -> Flight:
+    """Fly the expert's path of a task and record what the camera sees.
+
+    Args:
+        task: with `reference_path_raw` of 49 poses.
+        image_hw: size of the frames; ignored when `simulator` is given.
+        perturbation: disturbs `perturbation.share` of the flights (drawn by `seed`); None flies the path itself.
+        seed: of the disturbance and of the wind.
+        simulator: one that stands in the task's scene, to be used again; None makes one and closes it.
+
+    Raises:
+        FlightDataError: the task has no reference path.
+        RenderingUnavailableError: no offscreen OpenGL on this machine.
+    """
+    if len(task.reference_path_raw) < 2:
+        raise FlightDataError(f'task {task.task_id!r} has no "reference_path_raw", so there is nothing to fly')
+    if simulator is None:
+        with Simulator.for_task(task, image_hw=image_hw) as own:
+            return fly_expert(task, perturbation=perturbation, seed=seed, simulator=own)
+    path = np.array(task.reference_path_raw)
+    if perturbation is not None:
+        path = _perturbed(task, path, perturbation, simulator, np.random.default_rng([4, seed]))
+    frames, collided = [simulator.reset(path[0], seed)], False
+    for action in actions_between(path):
+        seen = simulator.step(action)
+        frames.append(seen.frame)
+        collided |= seen.collided
+    return Flight(task, np.stack(frames), simulator.labels, simulator.poses, collided)
+
+
+def generate_flights(
+    config: FlightsConfig, count: int, out_dir: str | Path, *, workers: int = 2, show_progress: bool = True
+) -> list[Path]:
+    """Fly tasks 0 .. count-1 of a split and write them as shards; shards that are already there are kept.
+
+    Args:
+        config: split, frame size, shard size, dynamics, perturbation.
+        count: flights in all.
+        out_dir: folder of the shards; made if missing. It may hold shards of an earlier, unfinished run.
+        workers: processes; one per core.
+        show_progress: a bar on stderr.
+
+    Returns:
+        Paths of all shards, in order.
+
+    Raises:
+        FlightDataError: the folder holds flights of other settings.
+    """
+    if count < 1 or workers < 1:
+        raise ValueError(f"count and workers must be >= 1, found {count} and {workers}")
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim_folder(folder, config)
+    firsts = range(0, count, config.shard_flights)
+    shards = {first: min(config.shard_flights, count - first) for first in firsts}
+    paths = {first: folder / f"flights-{first:07d}-{size:04d}.npz" for first, size in shards.items()}
+    missing = [first for first in shards if not paths[first].exists()]
+    with tqdm(total=count, unit="flight", disable=not show_progress, smoothing=0.1) as bar:
+        bar.update(count - sum(shards[first] for first in missing))
+        if workers == 1:
+            for first in missing:
+                bar.update(_write_shard(config, first, shards[first], paths[first]))
+        elif missing:
+            # Spawned, not forked: a fork would share the parent's OpenGL state.
+            with ProcessPoolExecutor(min(workers, len(missing)), mp_context=get_context("spawn")) as pool:
+                jobs = [pool.submit(_write_shard, config, first, shards[first], paths[first]) for first in missing]
+                try:
+                    for job in as_completed(jobs):
+                        bar.update(job.result())
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+    # A run with a smaller count left a short last shard; the full one replaces it.
+    for path in folder.glob("flights-*.npz"):
+        first = int(path.stem.split("-")[1])
+        if first in paths and path != paths[first]:
+            path.unlink()
+    return list(paths.values())
+
+
+def read_shard(path: str | Path) -> dict[str, np.ndarray]:
+    """Arrays of a shard, keys as at the top of this file.
+
+    Raises:
+        FlightDataError: not a shard of flights.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError) as error:
+        raise FlightDataError(f"{path}: not a readable shard of flights ({error}); delete it and run again") from error
+    lacking = [name for name in _SHARD_KEYS if name not in arrays]
+    if lacking:
+        raise FlightDataError(f"{path}: lacks {', '.join(lacking)}; it was not written by `sim flights`")
+    return arrays
+
+
+_SHARD_KEYS = (
+    "frames",
+    "actions",
+    "poses",
+    "instructions",
+    "kinds",
+    "magnitudes",
+    "landmarks",
+    "task_indices",
+)
+
+
+def _perturbed(
+    task: Task, path: np.ndarray, config: PerturbationConfig, simulator: Simulator, rng: np.random.Generator
+) -> np.ndarray:
+    """A disturbed path that hits nothing and still ends in success, or the path itself."""
+    if rng.random() >= config.share:
+        return path
+    for _ in range(_PERTURBED_DRAWS):
+        flown = perturb_path(path, config, rng)
+        free = simulator.scene_model.path_clearance_m(flown, stop_below_m=_PERTURBED_CLEARANCE_M)
+        if free >= _PERTURBED_CLEARANCE_M and score_flight(task, flown, False).success:
+            return flown
+    return path
+
+
+def _fly_many(config: FlightsConfig, first: int, count: int) -> Iterator[Flight]:
+    """Expert flights of neighbouring tasks; those in one scene share a simulator, which costs more than a flight."""
+    simulator, scene = None, None
+    try:
+        for index in range(first, first + count):
+            task = generate_task(config.split, index, dynamics=config.dynamics)
+            if simulator is None or task.scene != scene:
+                if simulator is not None:
+                    simulator.close()
+                simulator, scene = Simulator.for_task(task, image_hw=config.image_hw), task.scene
+            yield fly_expert(task, perturbation=config.perturbation, seed=task.seed, simulator=simulator)
+    finally:
+        if simulator is not None:
+            simulator.close()
+
+
+def _write_shard(config: FlightsConfig, first: int, count: int, path: Path) -> int:
+    flights = list(_fly_many(config, first, count))
+    magnitudes = np.full((count, 2), np.nan, np.float32)
+    for row, flight in zip(magnitudes, flights, strict=True):
+        row[: len(flight.task.magnitude)] = flight.task.magnitude
+    arrays: dict[str, Any] = {
+        "frames": np.stack([flight.frames for flight in flights]),
+        "actions": np.stack([flight.actions for flight in flights]).astype(np.float32),
+        "poses": np.stack([flight.poses for flight in flights]).astype(np.float32),
+        "instructions": np.array([flight.instruction for flight in flights]),
+        "kinds": np.array([flight.task.kind for flight in flights]),
+        "magnitudes": magnitudes,
+        "landmarks": np.array([flight.task.landmark or "" for flight in flights]),
+        "task_indices": np.arange(first, first + count, dtype=np.int64),
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+def _claim_folder(folder: Path, config: FlightsConfig) -> None:
+    """Write the settings beside the shards, or refuse a folder whose shards were made with others."""
+    # Through JSON, so that tuples compare equal to what the file holds.
+    settings = json.loads(json.dumps({"format": _FORMAT, **asdict(config)}))
+    file = folder / SETTINGS_FILE
+    if file.exists():
+        try:
+            found = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise FlightDataError(f"{file}: not JSON ({error}); use another folder") from error
+        if found != settings:
+            changed = sorted(key for key in settings if found.get(key) != settings[key])
+            raise FlightDataError(
+                f"{folder} holds flights with other settings ({', '.join(changed)} differ); "
+                "use another folder, or the same settings"
+            )
+        return
+    temporary = folder / f".{SETTINGS_FILE}.{os.getpid()}"
+    temporary.write_text(json.dumps(settings, indent=1) + "\n")
+    temporary.replace(file)

@@ -1,0 +1,38 @@
+"""Folders that appear whole or not at all: written beside their place, then moved in with one rename."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target` when the block ends without an error.
+
+    An existing `target` is replaced in whole; on an error it stays as it was and nothing is left behind.
+
+    Raises:
+        NotADirectoryError: `target` exists and is a file.
+    """
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target} is a file; give the name of a folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".building", dir=target.parent))
+    replaced = building.with_suffix(".replaced")
+    try:
+        building.chmod(0o755)
+        yield building
+        if target.exists():
+            os.replace(target, replaced)
+        os.replace(building, target)
+    except BaseException:
+        if replaced.exists() and not target.exists():
+            os.replace(replaced, target)
+        raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)

@@ -1,0 +1,104 @@
+"""The command `worldvln-edge`: one table of subcommands, each imported only when it is used.
+
+So `--help` answers without torch, onnxruntime or any room, and a machine needs only the extras of what it runs.
+Our own typed errors are printed as one line and end with 1; wrong usage ends with 2.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import NamedTuple
+
+import click
+
+from worldvln_edge import __version__
+
+
+class Subcommand(NamedTuple):
+    target: str
+    """module:attribute of a click command or group."""
+    extra: str
+    """Optional dependencies (pyproject.toml) that it needs."""
+    help: str
+
+
+SUBCOMMANDS: dict[str, Subcommand] = {
+    "export": Subcommand("worldvln_edge.export.cli:export_command", "export", "Export a checkpoint to an ONNX bundle."),
+    "verify": Subcommand(
+        "worldvln_edge.export.cli:verify_command", "export", "Compare a bundle with the PyTorch checkpoint."
+    ),
+    "serve": Subcommand("worldvln_edge.runtime.cli:serve_command", "cpu,serve", "Serve a bundle to drones."),
+    "fly": Subcommand("worldvln_edge.training.cli:fly_command", "sim", "Fly one task in the simulator."),
+    "eval": Subcommand("worldvln_edge.training.cli:eval_command", "sim", "Fly a set of tasks and report the metrics."),
+    "train": Subcommand("worldvln_edge.training.cli:train", "train", "Train the models, stage by stage."),
+    "sim": Subcommand("worldvln_edge.training.sim.cli:sim", "sim", "Run and inspect the simulator."),
+}
+# What foreign modules are called on the package index is not what they are imported as; the extra is what counts.
+_EXTRA_OF_MODULE = {
+    "mujoco": "sim",
+    "av": "sim",
+    "matplotlib": "sim",
+    "onnxruntime": "cpu",
+    "tokenizers": "cpu",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "onnx": "export",
+    "onnxscript": "export",
+    "tensorrt": "tensorrt",
+}
+
+
+class OneLineError(click.ClickException):
+    """An expected failure: `error: ...` on stderr, exit status 1."""
+
+    def show(self, file=None) -> None:
+        click.echo(f"error: {self.message}", err=True, file=file)
+
+
+class LazyGroup(click.Group):
+    """A group whose subcommands stand in SUBCOMMANDS."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(SUBCOMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        subcommand = SUBCOMMANDS.get(name)
+        if subcommand is None:
+            return None
+        module, _, attribute = subcommand.target.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            raise _missing(name, error) from error
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the subcommands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, subcommand.help) for name, subcommand in SUBCOMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            raise _missing(ctx.invoked_subcommand or "", error) from error
+        except (ValueError, RuntimeError, LookupError, OSError) as error:
+            if type(error).__module__.partition(".")[0] != "worldvln_edge":
+                raise  # not one of our typed errors: a fault, whose traceback is wanted
+            raise OneLineError(str(error)) from error
+
+
+def _missing(name: str, error: ModuleNotFoundError) -> OneLineError:
+    module = (error.name or "").partition(".")[0]
+    if module == "worldvln_edge":
+        return OneLineError(f"`worldvln-edge {name}` is not part of this installation ({error.name} is missing)")
+    extra = _EXTRA_OF_MODULE.get(module) or SUBCOMMANDS[name].extra
+    return OneLineError(f"`worldvln-edge {name}` needs {module}; install it with: pip install 'worldvln-edge[{extra}]'")
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="worldvln-edge")
+def main() -> None:
+    """Train WorldVLN, export it to ONNX, and fly it on the drone's own computer.
+
+    Example: worldvln-edge serve bundle/ --ws 127.0.0.1:8001
+    """

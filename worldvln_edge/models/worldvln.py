@@ -1,0 +1,152 @@
+"""All networks of WorldVLN in one module, and the checkpoint folder that holds them.
+
+A checkpoint folder: `config.json` (`ModelConfig`), `model.safetensors` (keys `text_encoder.`, `world_model.`, `vae.`,
+`latent_head.`, `rgb_head.`), `tokenizer.json`, `label_stats.json` (`HeadStats`), and what the trainer adds.
+Source: spec/README.md (decisions), spec/action_decoder.md 3.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from worldvln_edge.action_windows import LabelStats
+from worldvln_edge.atomic import atomic_directory
+from worldvln_edge.config import ModelConfig, read_model_config
+from worldvln_edge.models.action_decoder import LatentActionHead, RgbActionHead
+from worldvln_edge.models.text_encoder import TextEncoder
+from worldvln_edge.models.video_vae import VideoVAE
+from worldvln_edge.models.world_model import WorldModel
+
+CONFIG_FILE, TENSOR_FILE = "config.json", "model.safetensors"
+TOKENIZER_FILE, STATS_FILE = "tokenizer.json", "label_stats.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used. The message says which file, what was found and what was expected."""
+
+
+class HeadStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Label statistics of the two action heads."""
+
+    latent_head: LabelStats
+    rgb_head: LabelStats
+
+
+class WorldVLN(nn.Module):
+    """Text encoder, world model, video VAE and the two action heads of one `ModelConfig`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        decoder = config.action_decoder
+        self.config = config
+        self.text_encoder = TextEncoder(config.text_encoder)
+        self.world_model = WorldModel(config.world_model)
+        self.vae = VideoVAE(config.video_vae)
+        self.latent_head = LatentActionHead(decoder, config.video_vae.feature_channels)
+        self.rgb_head = RgbActionHead(decoder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    config: ModelConfig
+    model: WorldVLN
+    stats: HeadStats
+    tokenizer_file: Path
+    tensor_file: Path
+
+
+def save_checkpoint(
+    folder: Path,
+    model: WorldVLN,
+    stats: HeadStats,
+    tokenizer_json: str,
+    *,
+    dtype: torch.dtype = torch.float16,
+    extra_files: dict[str, Path] | None = None,
+) -> None:
+    """Write a checkpoint folder, whole or not at all.
+
+    Args:
+        folder: where; an existing checkpoint is replaced.
+        model: the networks.
+        stats: label statistics of both heads.
+        tokenizer_json: text of `tokenizer.json`.
+        dtype: of the stored tensors.
+        extra_files: name in the folder -> file to copy (loss curve, model card).
+
+    Raises:
+        CheckpointError: a tensor is not finite, or does not fit the range of `dtype`.
+    """
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        stored = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+        if not torch.isfinite(stored).all():
+            raise CheckpointError(f"tensor {name} holds NaN, infinity or a value outside {dtype}; nothing was written")
+        tensors[name] = stored.contiguous().clone()
+    with atomic_directory(folder) as building:
+        save_file(tensors, building / TENSOR_FILE, metadata={"format": "pt"})
+        (building / CONFIG_FILE).write_bytes(model.config.to_json() + b"\n")
+        (building / STATS_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(stats), indent=2) + b"\n")
+        (building / TOKENIZER_FILE).write_text(tokenizer_json, encoding="utf-8")
+        for name, source in (extra_files or {}).items():
+            shutil.copyfile(source, building / name)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint folder, strictly, into float32 modules in eval mode.
+
+    Raises:
+        CheckpointError: a file is missing or truncated, or keys or shapes differ from the configuration.
+        ConfigError: `config.json` does not parse.
+    """
+    folder = Path(folder)
+    for name in (CONFIG_FILE, TENSOR_FILE, TOKENIZER_FILE, STATS_FILE):
+        if not (folder / name).is_file():
+            found = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
+            raise CheckpointError(f"{folder} is no checkpoint: {name} is missing (found: {found or 'nothing'})")
+    config = read_model_config(folder / CONFIG_FILE)
+    try:
+        tensors = load_file(folder / TENSOR_FILE)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder / TENSOR_FILE}: truncated or not a safetensors file ({error})") from error
+    try:
+        stats = msgspec.json.decode((folder / STATS_FILE).read_bytes(), type=HeadStats)
+    except msgspec.MsgspecError as error:
+        raise CheckpointError(f"{folder / STATS_FILE}: not label statistics ({error})") from error
+    with torch.device("meta"):
+        model = WorldVLN(config)
+    _check_layout(folder / TENSOR_FILE, model, tensors)
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    model.requires_grad_(False).eval()
+    return Checkpoint(
+        config=config,
+        model=model,
+        stats=stats,
+        tokenizer_file=folder / TOKENIZER_FILE,
+        tensor_file=folder / TENSOR_FILE,
+    )
+
+
+def _check_layout(path: Path, model: WorldVLN, tensors: dict[str, torch.Tensor]) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{path} does not fit its config ({model.config.name}): {len(missing)} keys missing "
+            f"(first {missing[:3]}), {len(unexpected)} unexpected (first {unexpected[:3]})"
+        )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise CheckpointError(f"{path}: {name} has shape {found[name]}, its config says {shape}")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity")
