@@ -17,8 +17,8 @@ from torch.export import Dim
 
 from worldvln_edge import __version__
 from worldvln_edge.atomic import atomic_directory
-from worldvln_edge.bundle import SCHEMA, FileEntry, GraphEntry, Manifest, file_entry, write_manifest
-from worldvln_edge.config import ModelConfig
+from worldvln_edge.bundle import SCHEMA, TOKENIZER_FILE, FileEntry, GraphEntry, Manifest, file_entry, write_manifest
+from worldvln_edge.config import ModelConfig, TimesFormerConfig
 from worldvln_edge.export.action_graphs import AdapterGraph, RgbGraph, WindowsGraph
 from worldvln_edge.export.onnx_file import OPSET, WEIGHTS_FILE, SharedWeights, export_module, tensor_specs
 from worldvln_edge.export.text_graph import TextGraph
@@ -29,7 +29,6 @@ from worldvln_edge.models.worldvln import Checkpoint, WorldVLN, load_checkpoint
 from worldvln_edge.runtime import graphs
 from worldvln_edge.scale_schedule import ScaleSchedule
 
-TOKENIZER_FILE = "tokenizer.json"
 PRECISION = "fp32"
 
 
@@ -293,7 +292,10 @@ def _action_heads(model: WorldVLN) -> Iterator[GraphSource]:
     config, vae = model.config.action_decoder, model.config.video_vae
     height, width = model.config.image_hw
     frames = Dim("frames", min=1)
-    windows = Dim("frames", min=config.latent_head.window + 1)
+
+    def windows(head: TimesFormerConfig) -> Dim:
+        return Dim("frames", min=head.window + 1)  # tracing takes a single window for a constant
+
     yield GraphSource(
         name=graphs.ACTION_ADAPTER,
         module=AdapterGraph(model.latent_head),
@@ -305,16 +307,18 @@ def _action_heads(model: WorldVLN) -> Iterator[GraphSource]:
     yield GraphSource(
         name=graphs.ACTION_HEAD,
         module=WindowsGraph(model.latent_head.tsformer),
-        example=(torch.zeros(9, config.latent_head.tokens_per_frame, config.latent_head.width),),
+        example=(
+            torch.zeros(config.latent_head.window + 5, config.latent_head.tokens_per_frame, config.latent_head.width),
+        ),
         inputs=("tokens",),
         outputs=("logits",),
-        dynamic={"tokens": {0: windows}},
+        dynamic={"tokens": {0: windows(config.latent_head)}},
     )
     yield GraphSource(
         name=graphs.RGB_HEAD,
         module=RgbGraph(model.rgb_head),
-        example=(torch.zeros(9, 3, *config.rgb_head.image_hw),),
+        example=(torch.zeros(config.rgb_head.window + 5, 3, *config.rgb_head.image_hw),),
         inputs=("images",),
         outputs=("logits",),
-        dynamic={"images": {0: windows}},
+        dynamic={"images": {0: windows(config.rgb_head)}},
     )

@@ -62,8 +62,10 @@ class OnnxEngine:
         self, inputs: Mapping[str, np.ndarray], in_place: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, np.ndarray]:
         binding = self._session.io_binding()
-        for name, array in inputs.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        # The binding reads these arrays in place: they must be contiguous, keep their rank, and outlive the run.
+        bound = {name: np.asarray(array, order="C") for name, array in inputs.items()}
+        for name, array in bound.items():
+            binding.bind_cpu_input(name, array)
         for name in self._results:
             binding.bind_output(name)
         for stem, buffer in (in_place or {}).items():

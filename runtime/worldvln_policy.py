@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from worldvln_edge.action_windows import context_frame, segment_actions
-from worldvln_edge.bundle import Bundle, Manifest
+from worldvln_edge.action_windows import segment_actions
+from worldvln_edge.bundle import TOKENIZER_FILE, Bundle, Manifest
 from worldvln_edge.images import transform
 from worldvln_edge.prompts import tagged_prompt
 from worldvln_edge.runtime import graphs
@@ -108,6 +108,11 @@ class WorldVLNSession:
     def _token_shape(self) -> tuple[int, int]:
         head = self._config.action_decoder.latent_head
         return head.tokens_per_frame, head.width
+
+    @property
+    def observed_clips(self) -> tuple[ObservedClip, ...]:
+        """Bit labels and codes of the clips that the next segment rests on (recorder, parity tests)."""
+        return tuple(self._clips)
 
     @property
     def counters(self) -> dict[str, int]:
@@ -268,6 +273,6 @@ def load_policy(bundle_folder: Path, *, threads: int = 0) -> WorldVLNPolicy:
     ]
     engines = {name: OnnxEngine(bundle.graph_path(name), threads=threads) for name in names}
     tokenizer = PromptTokenizer.load(
-        bundle.folder / "tokenizer.json", bundle.manifest.model.world_model.text_max_tokens
+        bundle.file_path(TOKENIZER_FILE), bundle.manifest.model.world_model.text_max_tokens
     )
     return WorldVLNPolicy(bundle.manifest, engines, tokenizer)

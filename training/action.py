@@ -9,7 +9,7 @@ Source: spec/training.md 4.1-4.3, 8.6; spec/action_decoder.md 4.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,7 +31,9 @@ from worldvln_edge.training.prediction import predict_clip
 
 @dataclass(frozen=True, kw_only=True)
 class ActionTrainingConfig:
-    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=1.5e-3, steps=1200, weight_decay=0.05)
+    optimiser: OptimiserConfig = field(
+        default_factory=lambda: OptimiserConfig(learning_rate=1.5e-3, steps=1200, weight_decay=0.05)
+    )
     windows: int = 64
     predicted_share: float = 0.6  # of the windows of a latent-head batch
     weight_rotation: float = 1.0  # published: 0.05 -> 0.25; the small presets learn all columns alike

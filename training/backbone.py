@@ -6,7 +6,7 @@ Source: spec/training.md 2 (targets, sequence, attention, loss); spec/world_mode
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,7 +26,9 @@ from worldvln_edge.training.loop import Losses, OptimiserConfig, optimise, step_
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneTrainingConfig:
-    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=1.5e-3, steps=1500, weight_decay=0.02, clip_norm=5.0)
+    optimiser: OptimiserConfig = field(
+        default_factory=lambda: OptimiserConfig(learning_rate=1e-3, steps=1500, weight_decay=0.02, clip_norm=5.0)
+    )
     batch: int = 16
     flip_strength: float = 0.1
     condition_drop: float = 0.1

@@ -1,7 +1,7 @@
 """One optimisation loop for all stages: schedule, clipping, loss log, progress bar.
 
-A stage is a function from a step number to a dictionary of losses, `loss` among them. Everything random in a stage comes
-from generators that are seeded by (seed, step), so that a run is a function of its config.
+A stage is a function from a step number to a dictionary of losses, `loss` among them. Everything random in a stage
+comes from generators that are seeded by (seed, step), so that a run is a function of its config.
 Source: spec/training.md 2.7 (non-finite losses are skipped and counted).
 """
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -30,28 +30,32 @@ from worldvln_edge.training.vae import VaeTrainingConfig, encode_flights, train_
 TIME_EMBED_STD = 0.7  # spec/training.md 8.6: small heads learn motion only from a large time embedding
 
 
+class WorkFolderError(ValueError):
+    """The work folder belongs to another run."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything a run depends on besides preset, data and seed."""
 
-    vae: VaeTrainingConfig = VaeTrainingConfig()
-    backbone: BackboneTrainingConfig = BackboneTrainingConfig()
-    action: ActionTrainingConfig = ActionTrainingConfig()
-    rgb: ActionTrainingConfig = ActionTrainingConfig(
-        optimiser=OptimiserConfig(learning_rate=1.5e-3, steps=1000, weight_decay=0.05)
-    )
+    vae: VaeTrainingConfig = field(default_factory=VaeTrainingConfig)
+    backbone: BackboneTrainingConfig = field(default_factory=BackboneTrainingConfig)
+    action: ActionTrainingConfig = field(default_factory=ActionTrainingConfig)
+    rgb: ActionTrainingConfig = field(default_factory=ActionTrainingConfig)
     feature_flights: int = 1400  # flights whose decoder features are cached; 0.8 MB each for `nano`
 
     def scaled(self, share: float) -> Recipe:
         """The same recipe with every stage's steps multiplied (rehearsals, tests)."""
 
+        def fewer(optimiser: OptimiserConfig) -> OptimiserConfig:
+            return replace(optimiser, steps=max(2, int(optimiser.steps * share)))
+
         def shorter(stage):
-            steps = max(2, int(stage.optimiser.steps * share))
-            return replace(stage, optimiser=replace(stage.optimiser, steps=steps))
+            return replace(stage, optimiser=fewer(stage.optimiser))
 
         return replace(
             self,
-            vae=shorter(self.vae),
+            vae=replace(shorter(self.vae), encoder=fewer(self.vae.encoder)),
             backbone=shorter(self.backbone),
             action=shorter(self.action),
             rgb=shorter(self.rgb),
@@ -74,6 +78,7 @@ def train_model(
 
     Raises:
         FlightDataError: data that does not fit the preset.
+        WorkFolderError: `work` holds a run with other settings.
         TrainingDivergedError: losses that are not finite.
     """
     work.mkdir(parents=True, exist_ok=True)
@@ -133,7 +138,7 @@ class _Stages:
         self.run_file = work / "run.json"
         text = json.dumps(run, indent=1) + "\n"
         if self.run_file.exists() and self.run_file.read_text(encoding="utf-8") != text:
-            raise ValueError(f"{work} holds another run (see {self.run_file}); give an empty --work folder")
+            raise WorkFolderError(f"{work} holds another run (see {self.run_file}); give an empty --work folder")
         self.run_file.write_text(text, encoding="utf-8")
 
     def load(self, stage: str, module: nn.Module) -> bool:

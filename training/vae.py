@@ -1,17 +1,18 @@
 """Video VAE of the small presets: reconstruction, binary quantisation, and motion that can be read from the codes.
 
 A VAE trained for reconstruction alone leaves ego-motion in details that the coarse scales do not carry; then neither
-the text can predict it nor the action head read it. Two small readouts (from the summed codes, and linearly from the
-decoder features) put the motion where the world model and the action head need it. Scales are dropped at random from
-the fine end, so that the coarse ones carry the most.
+the text can predict it nor the action head read it. Readouts of motion, from the summed codes and from the decoder
+features, put it where the world model and the action head need it; a coarse optical flow is the dense part of that
+lesson. The encoder starts with the readouts alone, on short windows: motion is what takes longest to learn, and that
+way it costs a third. Scales are dropped at random from the fine end, so that the coarse ones carry the most.
 
-Legend: B rows, F frames, T latent frames, C latent channels.
+Legend: B rows, F frames, T latent frames, C latent channels, h w latent grid.
 Source: spec/video_vae.md; spec/training.md 8.3, 8.6.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,44 +25,54 @@ from worldvln_edge.models.video_vae import VideoVAE
 from worldvln_edge.scale_schedule import ScaleSchedule
 from worldvln_edge.training.flight_data import FlightSet
 from worldvln_edge.training.loop import Losses, OptimiserConfig, optimise, step_generator
+from worldvln_edge.training.optical_flow import coarse_flow
+
+_LATENT_POWER = 0.1  # mean square of a latent; the summed codes of a few scales reach about this
 
 
 @dataclass(frozen=True, kw_only=True)
 class VaeTrainingConfig:
-    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=2e-3, steps=1500, weight_decay=0.01)
+    encoder: OptimiserConfig = field(
+        default_factory=lambda: OptimiserConfig(learning_rate=4e-4, steps=700, final_share=0.5)
+    )
+    encoder_batch: int = 32
+    encoder_window: int = 5  # frames
+    optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(learning_rate=5e-4, steps=1000))
     batch: int = 6
-    window_frames: int = 17
+    window: int = 17  # frames
     raw_share: float = 0.15  # of the rows: decode the features before quantisation
     scale_drop: float = 0.35  # of the quantised rows: keep only the first scales, at least one
     commitment: float = 0.25
-    motion_codes: float = 0.3
-    motion_features: float = 0.3
+    flow_weight: float = 0.2
+    motion_weight: float = 0.2
 
 
 class MotionReadouts(nn.Module):
-    """Readouts that are trained beside the VAE and thrown away with the run."""
+    """Linear readouts that are trained beside the VAE and thrown away with the run."""
 
     def __init__(self, config: ModelConfig, columns: int):
         super().__init__()
         vae = config.video_vae
-        rows, cols = config.schedule.latent_hw
+        self.grid_hw = config.schedule.latent_hw
+        cells = self.grid_hw[0] * self.grid_hw[1]
         self.stride, self.columns = vae.temporal_stride, columns
-        self.pool_hw = (rows, cols)
-        self.codes = nn.Sequential(
-            nn.Linear(vae.raw_channels * rows * cols, 192), nn.SiLU(), nn.Linear(192, self.stride * columns)
-        )
-        self.features = nn.Linear(2 * vae.feature_channels * rows * cols, columns)
+        self.codes_motion = nn.Linear(vae.raw_channels * cells, self.stride * columns)
+        self.codes_flow = nn.Conv3d(vae.raw_channels, self.stride * 2, 1)
+        self.features_motion = nn.Linear(vae.feature_channels * cells, columns)
+        self.features_flow = nn.Conv3d(vae.feature_channels, 2, 1)
 
-    def from_codes(self, codes_BCTHW: Tensor) -> Tensor:
-        """Motion of the frames behind every latent but the first: [B, (T-1)*stride, columns]."""
-        latents = codes_BCTHW[:, :, 1:].transpose(1, 2).flatten(2)
-        return self.codes(latents).unflatten(-1, (self.stride, self.columns)).flatten(1, 2)
+    def from_codes(self, codes_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Motion [B, F-1, columns] and flow [B, F-1, 2, h, w] of the frames behind every latent but the first."""
+        later = codes_BCTHW[:, :, 1:]
+        motion = self.codes_motion(later.transpose(1, 2).flatten(2)).unflatten(-1, (self.stride, self.columns))
+        flow = self.codes_flow(later).unflatten(1, (self.stride, 2)).permute(0, 3, 1, 2, 4, 5)
+        return motion.flatten(1, 2), flow.flatten(1, 2)
 
-    def from_features(self, features_BCFhw: Tensor) -> Tensor:
-        """Motion from each frame to the next, read from both: [B, F-1, columns]."""
-        pooled = F.adaptive_avg_pool3d(features_BCFhw, (features_BCFhw.shape[2], *self.pool_hw))
-        frames = pooled.transpose(1, 2).flatten(2)
-        return self.features(torch.cat((frames[:, :-1], frames[:, 1:]), -1))
+    def from_features(self, features_BCFhw: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, read from the features of the later frame of each pair."""
+        pooled = F.adaptive_avg_pool3d(features_BCFhw[:, :, 1:], (features_BCFhw.shape[2] - 1, *self.grid_hw))
+        motion = self.features_motion(pooled.transpose(1, 2).flatten(2))
+        return motion, self.features_flow(pooled).transpose(1, 2)
 
 
 def frames_to_video(frames_BFHW3: Tensor) -> Tensor:
@@ -99,30 +110,86 @@ def quantise_straight_through(
     return features_BCTHW + (codes - features_BCTHW).detach(), torch.cat(full, 2)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Windows:
+    """Random windows of flights with their motion and flow, both in units of their deviation."""
+
+    frames_NFHW3: Tensor
+    motion_NFc: Tensor
+    flow_deviation: float
+    grid_hw: tuple[int, int]
+
+    def draw(self, batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        count, frames = self.frames_NFHW3.shape[:2]
+        rows = torch.randint(count, (batch, 1), generator=generator)
+        window = torch.randint(frames - length + 1, (batch, 1), generator=generator) + torch.arange(length)
+        pixels = self.frames_NFHW3[rows, window]
+        flow = coarse_flow(pixels, self.grid_hw) / self.flow_deviation
+        return frames_to_video(pixels), self.motion_NFc[rows, window[:, :-1]], flow
+
+
 def train_vae(
     vae: VideoVAE, config: ModelConfig, flights: FlightSet, training: VaeTrainingConfig, curve_file: Path, *, seed: int
 ) -> None:
     """Train `vae` in place on random windows of the flights."""
     stats = flights.label_stats()
-    moving = torch.tensor(stats.std) > 1e-4
-    labels = ((torch.from_numpy(flights.deltas) - torch.tensor(stats.mean)) / torch.tensor(stats.std))[..., moving]
+    moving = torch.from_numpy(stats.std) > 1e-4  # roll and pitch do not move in the simulator
+    motion = ((torch.from_numpy(flights.deltas) - torch.from_numpy(stats.mean)) / torch.from_numpy(stats.std))[
+        ..., moving
+    ]
+    frames, grid_hw = torch.from_numpy(flights.frames), config.schedule.latent_hw
+    windows = _Windows(
+        frames_NFHW3=frames,
+        motion_NFc=motion,
+        flow_deviation=float(coarse_flow(frames[: min(64, len(frames))], grid_hw).std()) + 1e-6,
+        grid_hw=grid_hw,
+    )
     readouts = MotionReadouts(config, int(moving.sum()))
-    frames = torch.from_numpy(flights.frames)
-    latent_frames = 1 + (training.window_frames - 1) // config.video_vae.temporal_stride
-    schedule = ScaleSchedule(config.schedule, latent_frames)
-    scales = config.schedule.scales_per_clip
-    last_start = frames.shape[1] - training.window_frames
     vae.train()
+    _train_encoder(vae, readouts, windows, training, curve_file, seed=seed)
+    _train_whole(vae, readouts, windows, config, training, curve_file, seed=seed + 500)
+    vae.eval()
+
+
+def _train_encoder(
+    vae: VideoVAE,
+    readouts: MotionReadouts,
+    windows: _Windows,
+    training: VaeTrainingConfig,
+    curve_file: Path,
+    *,
+    seed: int,
+) -> None:
+    def losses_of_step(step: int) -> Losses:
+        video, motion, flow = windows.draw(training.encoder_batch, training.encoder_window, step_generator(seed, step))
+        raw = vae.raw_features(vae.encode(video)[0])
+        read_motion, read_flow = readouts.from_codes(raw)
+        losses = {"flow_codes": F.mse_loss(read_flow, flow), "motion_codes": F.mse_loss(read_motion, motion)}
+        # A unit of spread in the latents keeps them in the range that the binary codes can follow.
+        spread = F.mse_loss(raw.square().mean(), raw.new_tensor(_LATENT_POWER))
+        return {"loss": losses["flow_codes"] + training.motion_weight * losses["motion_codes"] + spread, **losses}
+
+    parameters = [*vae.encoder.parameters(), *vae.proj_down.parameters(), *readouts.parameters()]
+    optimise("vae_encoder", parameters, training.encoder, losses_of_step, curve_file)
+
+
+def _train_whole(
+    vae: VideoVAE,
+    readouts: MotionReadouts,
+    windows: _Windows,
+    config: ModelConfig,
+    training: VaeTrainingConfig,
+    curve_file: Path,
+    *,
+    seed: int,
+) -> None:
+    schedule = ScaleSchedule(config.schedule, 1 + (training.window - 1) // config.video_vae.temporal_stride)
+    scales = config.schedule.scales_per_clip
 
     def losses_of_step(step: int) -> Losses:
         generator = step_generator(seed, step)
-        rows = torch.randint(len(flights), (training.batch,), generator=generator)
-        starts = torch.randint(last_start + 1, (training.batch,), generator=generator)
-        window = starts[:, None] + torch.arange(training.window_frames)
-        video = frames_to_video(frames[rows[:, None], window])
-        motion = labels[rows[:, None], window[:, :-1]]
-        h, _ = vae.encode(video)
-        raw = vae.raw_features(h)
+        video, motion, flow = windows.draw(training.batch, training.window, generator)
+        raw = vae.raw_features(vae.encode(video)[0])
         drops = torch.rand(training.batch, generator=generator) < training.scale_drop
         shorter = torch.randint(1, scales, (training.batch,), generator=generator)
         kept = [int(n) if dropped else scales for n, dropped in zip(shorter, drops, strict=True)]
@@ -131,23 +198,22 @@ def train_vae(
         decoded = torch.where(is_raw[:, None, None, None, None], raw, codes)
         features, _ = vae.decode_features(decoded)
         pixels, _ = vae.decode_pixels(features, decoded)
+        codes_motion, codes_flow = readouts.from_codes(codes)
+        features_motion, features_flow = readouts.from_features(features)
         losses = {
             "reconstruction": F.mse_loss(pixels, video),
             "commitment": F.mse_loss(raw, full),
-            "motion_codes": F.mse_loss(readouts.from_codes(codes), motion),
-            "motion_features": F.mse_loss(readouts.from_features(features), motion),
+            "flow_codes": F.mse_loss(codes_flow, flow),
+            "flow_features": F.mse_loss(features_flow, flow),
+            "motion_codes": F.mse_loss(codes_motion, motion),
+            "motion_features": F.mse_loss(features_motion, motion),
         }
-        total = (
-            losses["reconstruction"]
-            + training.commitment * losses["commitment"]
-            + training.motion_codes * losses["motion_codes"]
-            + training.motion_features * losses["motion_features"]
-        )
+        total = losses["reconstruction"] + training.commitment * losses["commitment"]
+        total = total + training.flow_weight * (losses["flow_codes"] + losses["flow_features"])
+        total = total + training.motion_weight * (losses["motion_codes"] + losses["motion_features"])
         return {"loss": total, **losses}
 
-    parameters = [*vae.parameters(), *readouts.parameters()]
-    optimise("vae", parameters, training.optimiser, losses_of_step, curve_file)
-    vae.eval()
+    optimise("vae", [*vae.parameters(), *readouts.parameters()], training.optimiser, losses_of_step, curve_file)
 
 
 @torch.no_grad()

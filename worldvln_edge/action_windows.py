@@ -4,6 +4,8 @@ Legend: K windows, k window, j motion inside a window, F frames, frame indices 1
 Source: spec/action_decoder.md 4, 5.
 """
 
+import math
+
 import msgspec
 import numpy as np
 
@@ -11,12 +13,27 @@ from worldvln_edge.poses import deltas_to_actions
 
 
 class LabelStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Mean and standard deviation of the labels; angles in the order yaw, pitch, roll (rad), translation in m."""
+    """Mean and standard deviation of the labels; angles in the order yaw, pitch, roll (rad), translation in m.
+
+    Any three numbers are taken, numpy's included, and kept as plain floats, so that they can be written as JSON.
+
+    Raises:
+        ValueError: not three finite numbers, or a negative deviation.
+    """
 
     mean_angles: tuple[float, float, float]
     std_angles: tuple[float, float, float]
     mean_t: tuple[float, float, float]
     std_t: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            numbers = tuple(float(value) for value in getattr(self, name))
+            lowest = 0.0 if name.startswith("std") else -math.inf
+            if len(numbers) != 3 or not all(math.isfinite(n) and n >= lowest for n in numbers):
+                above = " >= 0" if lowest == 0 else ""
+                raise ValueError(f"label statistics: {name} must be 3 finite numbers{above}, found {numbers}")
+            msgspec.structs.force_setattr(self, name, numbers)
 
     @property
     def mean(self) -> np.ndarray:

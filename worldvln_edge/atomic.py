@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all: written beside their place, then moved in with one rename."""
+"""Files and folders that appear whole or not at all: written beside their place, then moved in with one rename."""
 
 import os
 import shutil
@@ -36,3 +36,22 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(building, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yield an empty file's path, with `target`'s suffix; it becomes `target` when the block ends without an error.
+
+    The folder is made if it is missing; on an error `target` stays as it was and nothing is left behind.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent)
+    os.close(handle)
+    building = Path(name)
+    try:
+        building.chmod(0o644)
+        yield building
+        os.replace(building, target)
+    finally:
+        building.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from worldvln_edge.config import ModelConfig
 
 SCHEMA = 1
 MANIFEST_FILE = "manifest.json"
+TOKENIZER_FILE = "tokenizer.json"
 _BLOCK_BYTES = 1 << 20
 
 
@@ -110,6 +111,12 @@ class Bundle:
                 raise BundleError(f"{path}: graph file {graph.file} has no hash; export the bundle again")
         return cls(folder, manifest)
 
+    def file_path(self, name: str) -> Path:
+        """A checked file. Raises BundleError when the manifest does not name it."""
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.folder}: {name} is not in the manifest; export the bundle again")
+        return self.folder / name
+
     def graph_path(self, graph: str) -> Path:
         """File of a graph. Raises BundleError when the bundle has no such graph."""
         if graph not in self.manifest.graphs:
@@ -117,7 +124,7 @@ class Bundle:
                 f"{self.folder} has no graph {graph!r} (it has {', '.join(sorted(self.manifest.graphs))}); "
                 "export the bundle again with this version"
             )
-        return self.folder / self.manifest.graphs[graph].file
+        return self.file_path(self.manifest.graphs[graph].file)
 
     @property
     def size_bytes(self) -> int:
@@ -139,8 +146,10 @@ def _parse_manifest(path: Path) -> Manifest:
 
 
 def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
+    if not name or Path(name).name != name or name == "..":
+        raise BundleError(f"{folder}: {name!r} is not a plain file name; export the bundle again")
     path = folder / name
-    if Path(name).name != name or not path.is_file():
+    if not path.is_file():
         raise BundleError(f"{folder}: file {name} is missing; copy the bundle again or export it again")
     found = file_entry(path)
     if found != entry:

@@ -25,13 +25,17 @@ class Subcommand(NamedTuple):
 SUBCOMMANDS: dict[str, Subcommand] = {
     "export": Subcommand("worldvln_edge.export.cli:export_command", "export", "Export a checkpoint to an ONNX bundle."),
     "verify": Subcommand(
-        "worldvln_edge.export.cli:verify_command", "export", "Compare a bundle with the PyTorch checkpoint."
+        "worldvln_edge.export.cli:verify_command", "cpu,export", "Compare a bundle with the PyTorch checkpoint."
     ),
     "serve": Subcommand("worldvln_edge.runtime.cli:serve_command", "cpu,serve", "Serve a bundle to drones."),
-    "fly": Subcommand("worldvln_edge.training.cli:fly_command", "sim", "Fly one task in the simulator."),
+    "bench": Subcommand("worldvln_edge.runtime.bench_cli:bench_command", "cpu", "Time a bundle, stage by stage."),
+    "fly": Subcommand("worldvln_edge.training.cli:fly_command", "sim", "Fly tasks in the simulator against a server."),
     "eval": Subcommand("worldvln_edge.training.cli:eval_command", "sim", "Fly a set of tasks and report the metrics."),
-    "train": Subcommand("worldvln_edge.training.cli:train", "train", "Train the models, stage by stage."),
+    "train": Subcommand("worldvln_edge.training.cli:train_command", "train", "Train the models, stage by stage."),
     "sim": Subcommand("worldvln_edge.training.sim.cli:sim", "sim", "Run and inspect the simulator."),
+    "demo": Subcommand(
+        "worldvln_edge.training.cli:demo_command", "sim", "Export the packaged model, serve it, and fly held-out tasks."
+    ),
 }
 # What foreign modules are called on the package index is not what they are imported as; the extra is what counts.
 _EXTRA_OF_MODULE = {

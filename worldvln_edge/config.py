@@ -204,6 +204,11 @@ class ActionDecoderConfig(msgspec.Struct, **_FROZEN):
                 f"action_decoder: adapter grid {self.adapter.grid_hw} differs from latent head grid "
                 f"{self.latent_head.grid_hw}; resize_hw / patch must equal image_hw / patch"
             )
+        if self.left_context < 1:
+            raise ConfigError(
+                f"action_decoder.left_context must be >= 1 (motions start at an observed frame), found "
+                f"{self.left_context}"
+            )
 
 
 class GenerationConfig(msgspec.Struct, **_FROZEN):
@@ -226,7 +231,7 @@ class HorizonConfig(msgspec.Struct, **_FROZEN):
     @property
     def points(self) -> tuple[int, ...]:
         """Segment borders as 1-based frame indices: 1, 1+step, ..., num_frames."""
-        return tuple(range(1, self.num_frames, self.step)) + (self.num_frames,)
+        return (*range(1, self.num_frames, self.step), self.num_frames)
 
     @property
     def segments(self) -> int:
@@ -273,6 +278,12 @@ class ModelConfig(msgspec.Struct, **_FROZEN):
             raise ConfigError(
                 f"horizon.step {horizon.step} must be a multiple of the {clip} frames of a clip, so that observed and "
                 "generated clips have the same borders"
+            )
+        window = max(self.action_decoder.latent_head.window, self.action_decoder.rgb_head.window)
+        if window > horizon.step + 1:
+            raise ConfigError(
+                f"action_decoder: a window of {window} frames does not fit into the {horizon.step + 1} frames of the "
+                "first segment (horizon.step + 1)"
             )
 
     def to_json(self) -> bytes:

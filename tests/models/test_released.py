@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from worldvln_edge.config import WorldModelConfig
-from worldvln_edge.models.released import CheckpointError, load_world_model
+from worldvln_edge.models.checkpoint_file import CheckpointError
+from worldvln_edge.models.released import load_world_model
 from worldvln_edge.models.world_model import WorldModel, initial_cfg_uncond
 
 CONFIG = WorldModelConfig(

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from worldvln_edge.models.action_decoder import LatentActionHead, RgbActionHead
-from worldvln_edge.models.checkpoint_file import read_safetensors, read_torch_file
+from worldvln_edge.models.checkpoint_file import CheckpointError, read_safetensors, read_torch_file
 from worldvln_edge.models.released_action import (
     load_latent_head,
     load_rgb_head,
@@ -20,7 +20,6 @@ from worldvln_edge.models.released_action import (
 )
 from worldvln_edge.models.released_vae import load_vae, read_vae_tensors, vae_for_actions
 from worldvln_edge.models.video_vae import VideoVAE
-from worldvln_edge.models.worldvln import CheckpointError
 from worldvln_edge.presets import preset
 
 MODEL = preset("nano")

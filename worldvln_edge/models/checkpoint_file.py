@@ -14,11 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from worldvln_edge.models.worldvln import CheckpointError
-
 TensorDict = dict[str, Tensor]
 
 _INDEX_PATTERN = "*.safetensors.index.json"
+
+
+class CheckpointError(ValueError):
+    """Weights that cannot be used. The message says which file, what was found and what was expected."""
 
 
 def read_torch_file(path: Path, *, trust_pickle: bool = False) -> Any:
@@ -98,7 +100,12 @@ def load_strictly(module: torch.nn.Module, tensors: Mapping[str, Tensor], where:
     Raises:
         CheckpointError: a key is missing or unexpected, or a shape differs; nothing was copied.
     """
-    expected = module.state_dict()
+    check_layout(module.state_dict(), tensors, where)
+    module.load_state_dict(dict(tensors), strict=True)
+
+
+def check_layout(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise CheckpointError unless `tensors` has exactly the keys and shapes of `expected`."""
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unexpected:
         raise CheckpointError(
@@ -106,7 +113,6 @@ def load_strictly(module: torch.nn.Module, tensors: Mapping[str, Tensor], where:
             f"{len(unexpected)} unexpected (first {unexpected[:3]})"
         )
     check_shapes(expected, tensors, where)
-    module.load_state_dict(dict(tensors), strict=True)
 
 
 def check_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:

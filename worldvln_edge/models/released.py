@@ -16,16 +16,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from worldvln_edge.config import WorldModelConfig
+from worldvln_edge.models.checkpoint_file import CheckpointError
 from worldvln_edge.models.world_model import WorldModel, initial_cfg_uncond
 
 _INDEX = "model.safetensors.index.json"
 _TORCH_INDEX = "pytorch_model.bin.index.json"
 _IGNORED = frozenset({"lvl_1L", "attn_bias_for_masking", "Infinity_visible_kvlen", "Infinity_invisible_qlen"})
 _LISTED = 5
-
-
-class CheckpointError(ValueError):
-    """Weights cannot be used. The message says which file, what was found and what to do."""
 
 
 def load_world_model(

@@ -16,8 +16,13 @@ from torch import Tensor
 
 from worldvln_edge.action_windows import LabelStats
 from worldvln_edge.models.action_decoder import LatentActionHead, RgbActionHead
-from worldvln_edge.models.checkpoint_file import TensorDict, load_strictly, read_torch_file, tensor_dict
-from worldvln_edge.models.worldvln import CheckpointError
+from worldvln_edge.models.checkpoint_file import (
+    CheckpointError,
+    TensorDict,
+    load_strictly,
+    read_torch_file,
+    tensor_dict,
+)
 
 _STATS_FIELDS = ("mean_angles", "std_angles", "mean_t", "std_t")
 _VAE_DEFAULTS = {

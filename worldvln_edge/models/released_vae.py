@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from worldvln_edge.models.checkpoint_file import (
+    CheckpointError,
     TensorDict,
     check_shapes,
     read_safetensors,
@@ -20,7 +21,6 @@ from worldvln_edge.models.checkpoint_file import (
     without_module_prefix,
 )
 from worldvln_edge.models.video_vae import VideoVAE
-from worldvln_edge.models.worldvln import CheckpointError
 
 _REQUIRED = ("encoder.", "decoder.", "proj_down.", "proj_up.", "scale_learnable_parameters")
 _ACTION_PART = ("decoder.", "proj_up.", "scale_learnable_parameters")

@@ -13,24 +13,20 @@ from pathlib import Path
 
 import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from worldvln_edge.action_windows import LabelStats
 from worldvln_edge.atomic import atomic_directory
 from worldvln_edge.config import ModelConfig, read_model_config
 from worldvln_edge.models.action_decoder import LatentActionHead, RgbActionHead
+from worldvln_edge.models.checkpoint_file import CheckpointError, check_layout, read_safetensors
 from worldvln_edge.models.text_encoder import TextEncoder
 from worldvln_edge.models.video_vae import VideoVAE
 from worldvln_edge.models.world_model import WorldModel
 
 CONFIG_FILE, TENSOR_FILE = "config.json", "model.safetensors"
 TOKENIZER_FILE, STATS_FILE = "tokenizer.json", "label_stats.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used. The message says which file, what was found and what was expected."""
 
 
 class HeadStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,7 +100,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint folder, strictly, into float32 modules in eval mode.
 
     Raises:
-        CheckpointError: a file is missing or truncated, or keys or shapes differ from the configuration.
+        CheckpointError: a file is missing or truncated, keys or shapes differ from the configuration, or a number is
+            not finite.
         ConfigError: `config.json` does not parse.
     """
     folder = Path(folder)
@@ -113,17 +110,18 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             found = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
             raise CheckpointError(f"{folder} is no checkpoint: {name} is missing (found: {found or 'nothing'})")
     config = read_model_config(folder / CONFIG_FILE)
-    try:
-        tensors = load_file(folder / TENSOR_FILE)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder / TENSOR_FILE}: truncated or not a safetensors file ({error})") from error
+    tensors = read_safetensors(folder / TENSOR_FILE)
     try:
         stats = msgspec.json.decode((folder / STATS_FILE).read_bytes(), type=HeadStats)
     except msgspec.MsgspecError as error:
         raise CheckpointError(f"{folder / STATS_FILE}: not label statistics ({error})") from error
     with torch.device("meta"):
         model = WorldVLN(config)
-    _check_layout(folder / TENSOR_FILE, model, tensors)
+    where = f"{folder / TENSOR_FILE} ({config.name})"
+    check_layout(model.state_dict(), tensors, where)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{where}: {name} holds NaN or infinity")
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     model.requires_grad_(False).eval()
     return Checkpoint(
@@ -133,20 +131,3 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         tokenizer_file=folder / TOKENIZER_FILE,
         tensor_file=folder / TENSOR_FILE,
     )
-
-
-def _check_layout(path: Path, model: WorldVLN, tensors: dict[str, torch.Tensor]) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{path} does not fit its config ({model.config.name}): {len(missing)} keys missing "
-            f"(first {missing[:3]}), {len(unexpected)} unexpected (first {unexpected[:3]})"
-        )
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise CheckpointError(f"{path}: {name} has shape {found[name]}, its config says {shape}")
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path}: {name} holds NaN or infinity")

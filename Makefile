@@ -1,0 +1,89 @@
+# All set-up happens on first use: a virtual environment with pinned packages, and Debian's offscreen OpenGL.
+# Needs Python 3.11 or newer, make and git.   make help
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := cpu,serve,export,train,sim,dev
+# Options for every `pip install`, for instance another package index.
+PIP_ARGS ?=
+# The first interpreter that starts and is new enough; a version manager's shim may be there and not start.
+PYTHON ?= $(shell for candidate in python3.11 python3.12 python3.13 python3; do \
+	"$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$candidate" && break; \
+	done; true)
+CHECKPOINT ?= worldvln_edge/checkpoints/nano
+BENCH_ARGS ?=
+
+# May we install Debian packages without being asked for a password?
+define apt_install
+	as_root=(); [ "$$(id -u)" = 0 ] || as_root=(sudo -n); \
+	if ! command -v apt-get >/dev/null || ! "$${as_root[@]}" true 2>/dev/null; then \
+		echo "error: $(2); install it as root: apt-get install $(1)" >&2; exit 1; \
+	fi; \
+	echo "Installing Debian packages: $(1)" >&2; \
+	"$${as_root[@]}" apt-get update -qq; \
+	"$${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(1) >/dev/null
+endef
+
+.PHONY: help setup demo test test-slow bench lint clean
+
+help: ## Show this list.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: setup $(VENV)/.rendering ## Export the committed checkpoint, serve it, fly held-out tasks; writes runs/demo/.
+	$(BIN)/worldvln-edge demo
+
+test: setup $(VENV)/.rendering ## Run the tests (not the slow, GPU and ROS ones), and say what was skipped and why.
+	$(BIN)/python -m pytest -m "not slow and not gpu and not ros" -rsx --durations=5
+
+test-slow: setup $(VENV)/.rendering ## Run the slow tests.
+	$(BIN)/python -m pytest -m "slow and not gpu and not ros" -rsx --durations=5
+
+bench: setup runs/bench/bundle/manifest.json ## Time the committed checkpoint on this machine, stage by stage.
+	$(BIN)/worldvln-edge bench runs/bench/bundle $(BENCH_ARGS)
+
+# mypy and import-linter follow the mapped rooms only in an installed wheel, so that is what they read. Both run inside
+# build/lint, which hides the repository's own folders; build/ starts empty, or the wheel would hold deleted files.
+lint: setup ## Check style, types and the rule between rooms.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build && mkdir build
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel . >build/log 2>&1 || { cat build/log; exit 1; }
+	$(BIN)/python -m pip install -qq --no-deps --no-index --target build/lint build/wheel/*.whl
+	cd build/lint && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
+		worldvln_edge/*.py worldvln_edge/runtime
+	cd build/lint && ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache --no-logo
+
+clean: ## Remove what can be made again, except .venv and runs.
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache runs/bench
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+setup: $(VENV)/.installed ## Make .venv with all packages; the targets above do it themselves.
+
+$(BIN)/python:
+	@[ -n "$(PYTHON)" ] || { echo "error: no Python 3.11 or newer here; install one, or name it: make PYTHON=..." >&2; exit 1; }
+	@if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
+		$(call apt_install,python3-venv,$(PYTHON) cannot make virtual environments); \
+	fi
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing packages into $(VENV) (about 1.5 GB, some minutes)" >&2
+	$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+# A context is made, not a library looked for: libEGL without a driver behind it would not render.
+$(VENV)/.rendering: $(VENV)/.installed
+	@check='from worldvln_edge.training.sim.camera import make_gl_context; make_gl_context(8, 8).free()'; \
+	if ! $(BIN)/python -c "$$check" 2>/dev/null; then \
+		$(call apt_install,libegl1 libgl1-mesa-dri,the simulator cannot render offscreen because EGL is missing); \
+		$(BIN)/python -c "$$check"; \
+	fi
+	@touch $@
+
+runs/bench/bundle/manifest.json: $(CHECKPOINT)/model.safetensors | $(VENV)/.installed
+	$(BIN)/worldvln-edge export --checkpoint $(CHECKPOINT) --out runs/bench/bundle

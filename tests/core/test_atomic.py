@@ -1,0 +1,93 @@
+"""Folders appear whole or not at all."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from worldvln_edge.atomic import atomic_directory
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_folder_appears_when_the_block_ends(tmp_path: Path):
+    target = tmp_path / "deep" / "bundle"
+    with atomic_directory(target) as building:
+        (building / "a").write_text("1", encoding="utf-8")
+        assert not target.exists()
+    assert (target / "a").read_text(encoding="utf-8") == "1"
+    assert names(target.parent) == ["bundle"]
+    assert target.stat().st_mode & 0o777 == 0o755
+
+
+def test_old_folder_is_replaced_in_whole(tmp_path: Path):
+    target = tmp_path / "bundle"
+    for content in ("old", "new"):
+        with atomic_directory(target) as building:
+            (building / content).write_text(content, encoding="utf-8")
+    assert names(target) == ["new"]
+    assert names(tmp_path) == ["bundle"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_error_leaves_the_old_folder_and_nothing_else(tmp_path: Path, error: type[BaseException]):
+    target = tmp_path / "bundle"
+    with atomic_directory(target) as building:
+        (building / "old").touch()
+    with pytest.raises(error), atomic_directory(target) as building:  # noqa: PT012
+        (building / "half").touch()
+        raise error
+    assert names(target) == ["old"]
+    assert names(tmp_path) == ["bundle"]
+
+
+def test_failed_move_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    target = tmp_path / "bundle"
+    with atomic_directory(target) as building:
+        (building / "old").touch()
+    move = os.replace
+
+    def fail_for_new(source, destination):
+        if str(source).endswith(".building"):
+            raise OSError("disk is gone")
+        move(source, destination)
+
+    monkeypatch.setattr(os, "replace", fail_for_new)
+    with pytest.raises(OSError, match="disk is gone"), atomic_directory(target) as building:
+        (building / "new").touch()
+    assert names(target) == ["old"]
+    assert names(tmp_path) == ["bundle"]
+
+
+def test_file_in_the_way_is_refused(tmp_path: Path):
+    (tmp_path / "bundle").touch()
+    with (
+        pytest.raises(NotADirectoryError, match="is a file; give the name of a folder"),
+        atomic_directory(tmp_path / "bundle"),
+    ):
+        pass
+
+
+def test_killed_writer_leaves_the_old_folder(tmp_path: Path):
+    target = tmp_path / "bundle"
+    with atomic_directory(target) as building:
+        (building / "old").touch()
+    program = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from worldvln_edge.atomic import atomic_directory\n"
+        "with atomic_directory(Path(sys.argv[1])) as building:\n"
+        "    (building / 'half').touch()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program, str(target)], check=False, timeout=60)
+    assert result.returncode == -signal.SIGKILL
+    assert names(target) == ["old"]
+    with atomic_directory(target) as building:  # what the dead writer left behind is in nobody's way
+        (building / "new").touch()
+    assert names(target) == ["new"]

@@ -1,0 +1,104 @@
+"""What an export leaves in the folder, and what it refuses."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from small_models import random_model, save_random_checkpoint, tiny_config
+
+from worldvln_edge.bundle import Bundle
+from worldvln_edge.export import exporter
+from worldvln_edge.export.exporter import export_bundle, graph_sources, kv_capacity
+from worldvln_edge.export.onnx_file import ExportError, SharedWeights, export_module
+from worldvln_edge.models.checkpoint_file import CheckpointError
+from worldvln_edge.runtime import graphs
+from worldvln_edge.runtime.engine import OnnxEngine
+from worldvln_edge.scale_schedule import ScaleSchedule
+
+
+def test_manifest_names_every_graph_and_every_file(tiny_bundle: Path):
+    bundle = Bundle.open(tiny_bundle)
+    sources = {source.name: source for source in graph_sources(random_model(tiny_config()))}
+    assert set(bundle.manifest.graphs) == set(sources)
+    for name, entry in bundle.manifest.graphs.items():
+        assert tuple(spec.name for spec in entry.inputs) == sources[name].inputs
+        assert tuple(spec.name for spec in entry.outputs) == sources[name].outputs
+    assert {path.name for path in tiny_bundle.iterdir()} == {*bundle.manifest.files, "manifest.json"}
+    assert bundle.manifest.model == tiny_config()
+
+
+def test_cache_is_exactly_as_large_as_the_longest_step_needs():
+    config = tiny_config(context_from_largest_no=0, clips_per_segment=2)
+    schedule = ScaleSchedule(config.schedule, 1 + (config.horizon.num_frames - 1) // 2)
+    tokens = sum(schedule.last_step(c.index, s).tokens for c in schedule.clips for s in range(3))
+    assert kv_capacity(config) == config.world_model.text_max_tokens + tokens
+
+
+def test_graphs_share_one_copy_of_the_weights(tiny_bundle: Path, tiny_checkpoint: Path):
+    weights = (tiny_bundle / "weights.bin").stat().st_size
+    fp32 = sum(p.numel() * 4 for p in random_model(tiny_config()).parameters())
+    padding = 4096 * 200  # tensors are aligned; a second copy of the world model alone would be larger in real models
+    assert weights < fp32 + padding
+    offsets: dict[str, set[tuple[str, ...]]] = {}
+    for file in tiny_bundle.glob("world_model_*.onnx"):
+        graph = onnx.load(file, load_external_data=False).graph
+        external = [t for t in graph.initializer if t.external_data]
+        offsets[file.name] = {tuple(e.value for e in t.external_data) for t in external}
+        assert external
+    assert offsets["world_model_context.onnx"] & offsets["world_model_step.onnx"]
+
+
+def test_graphs_tell_nothing_of_the_exporting_machine(tiny_bundle: Path):
+    here = str(Path(exporter.__file__).parent.parent)
+    for file in tiny_bundle.glob("*.onnx"):
+        data = file.read_bytes()
+        assert b"site-packages" not in data
+        assert here.encode() not in data
+        assert onnx.load(file, load_external_data=False).opset_import[0].version == 24
+
+
+@pytest.mark.parametrize("tokens", [2, 7, 12])
+def test_text_graph_takes_every_length(tiny_bundle: Path, tokens: int):
+    model = random_model(tiny_config())
+    ids = torch.arange(tokens)[None] % 15
+    bundle = Bundle.open(tiny_bundle)
+    engine = OnnxEngine(bundle.graph_path(graphs.TEXT_ENCODER), threads=1)
+    found = engine.run({"ids": ids.numpy()})
+    assert found["text_embeds"].shape == found["uncond_embeds"].shape == (1, tokens, 32)
+    uncond = model.world_model.project_text(model.world_model.cfg_uncond[:tokens][None])
+    np.testing.assert_allclose(found["uncond_embeds"], uncond.numpy(), atol=2e-2)  # the checkpoint is fp16
+
+
+def test_unusable_checkpoint_leaves_the_old_bundle(tmp_path: Path, tiny_bundle: Path):
+    save_random_checkpoint(tmp_path / "checkpoint", tiny_config())
+    (tmp_path / "checkpoint" / "model.safetensors").write_bytes(b"short")
+    shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    with pytest.raises(CheckpointError, match="truncated"):
+        export_bundle(tmp_path / "checkpoint", tmp_path / "bundle")
+    Bundle.open(tmp_path / "bundle")
+
+
+def test_module_that_does_not_trace_is_named(tmp_path: Path):
+    class Branching(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ExportError, match="graph odd does not export"):
+        export_module("odd", Branching(), (torch.ones(3),), inputs=("x",), outputs=("y",), dynamic={})
+
+
+def test_equal_weights_are_stored_once(tmp_path: Path):
+    layer = torch.nn.Linear(32, 32)
+    weights = SharedWeights(tmp_path)
+    for name in ("a", "b"):
+        model = export_module(name, layer, (torch.ones(1, 32),), inputs=("x",), outputs=("y",), dynamic={})
+        weights.store(model, f"{name}.onnx")
+    weights.close()
+    assert (tmp_path / "weights.bin").stat().st_size == 32 * 32 * 4
+    x = np.random.default_rng(0).normal(size=(1, 32)).astype(np.float32)
+    a, b = (OnnxEngine(tmp_path / f"{name}.onnx").run({"x": x})["y"] for name in ("a", "b"))
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_allclose(a, layer(torch.from_numpy(x)).detach().numpy(), atol=1e-5)

@@ -1,0 +1,67 @@
+"""An engine runs what it is given, whatever its memory layout, and writes caches in place."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from worldvln_edge.bundle import Bundle, BundleError
+from worldvln_edge.runtime import graphs
+from worldvln_edge.runtime.engine import EngineError, OnnxEngine
+from worldvln_edge.runtime.worldvln_policy import load_policy
+
+
+def test_layout_of_the_inputs_does_not_matter(tiny_bundle: Path):
+    engine = OnnxEngine(Bundle.open(tiny_bundle).graph_path(graphs.LATENT_EMBED), threads=1)
+    latents = np.random.default_rng(0).normal(size=(2, 5, 16)).astype(np.float32)
+    expected = engine.run({"latents": latents})["embeds"]
+    turned = np.asfortranarray(latents)
+    assert not turned.flags.c_contiguous
+    np.testing.assert_array_equal(engine.run({"latents": turned})["embeds"], expected)
+    np.testing.assert_array_equal(engine.run({"latents": latents[:, ::-1]})["embeds"], expected[:, ::-1])
+
+
+def test_results_survive_the_next_run(tiny_bundle: Path):
+    engine = OnnxEngine(Bundle.open(tiny_bundle).graph_path(graphs.LATENT_EMBED), threads=1)
+    first = engine.run({"latents": np.ones((2, 5, 16), np.float32)})["embeds"]
+    copy = first.copy()
+    engine.run({"latents": np.zeros((2, 5, 16), np.float32)})
+    np.testing.assert_array_equal(first, copy)
+
+
+def test_context_writes_only_its_own_entries(tiny_bundle: Path):
+    policy = load_policy(tiny_bundle, threads=1)
+    model = policy.config.world_model
+    cache = policy.new_cache()
+    cache.buffers[:] = 7
+    stems = graphs.cache_stems(model.depth)
+    buffers = cache.buffers.reshape(-1, *cache.buffers.shape[2:])
+    outputs = policy.engines[graphs.WORLD_MODEL_CONTEXT].run(
+        {
+            "embeds": np.ones((2, 3, model.width), np.float32),
+            "rope": np.ones((2, 3, model.head_dim // 2), np.float32),
+            "write_index": np.full(2, 4, np.int64),
+            "kv_length": np.full(2, 7, np.int64),
+        },
+        dict(zip(stems, buffers, strict=True)),
+    )
+    assert outputs == {}
+    assert (cache.buffers[..., :4, :] == 7).all()
+    assert (cache.buffers[..., 7:, :] == 7).all()
+    assert not (cache.buffers[..., 4:7, :] == 7).any()
+
+
+def test_a_file_that_is_no_graph_is_named(tmp_path: Path):
+    (tmp_path / "odd.onnx").write_bytes(b"not a graph")
+    with pytest.raises(EngineError, match=r"odd\.onnx: ONNX Runtime .* cannot load it .*export the bundle again"):
+        OnnxEngine(tmp_path / "odd.onnx")
+
+
+def test_a_corrupt_bundle_does_not_reach_the_engine(tiny_bundle: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    data = bytearray((folder / "weights.bin").read_bytes())
+    data[100] ^= 1
+    (folder / "weights.bin").write_bytes(data)
+    with pytest.raises(BundleError, match=r"weights\.bin is corrupt"):
+        load_policy(folder)

@@ -1,0 +1,251 @@
+"""A flight of the runtime: what it computes, what it does not compute, and what it promises to repeat."""
+
+import gc
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_models import random_frames
+
+from worldvln_edge.runtime import graphs
+from worldvln_edge.runtime.policy import ActionChunk, NonFiniteActionsError, PolicySession
+from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy, WorldVLNSession, load_policy
+
+PROMPT = "fly forward 5 m"
+OTHER = "turn left to the tower"
+FRAMES, STEP, SEGMENTS = 13, 4, 3
+MOTION_TOLERANCE = 1e-3  # cm and deg; another grouping of frames is another order of additions
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_bundle: Path) -> WorldVLNPolicy:
+    return load_policy(tiny_bundle, threads=1)
+
+
+@pytest.fixture(scope="module")
+def frames(policy: WorldVLNPolicy) -> list[np.ndarray]:
+    return random_frames(policy.config, FRAMES + 4, seed=7, hw=(30, 50))
+
+
+def fly(session: PolicySession, frames: list[np.ndarray], calls: Iterable[int]) -> list[ActionChunk]:
+    """Send frames in calls of given sizes; every call is followed by empty ones until no segment is ready."""
+    chunks, first = [], 0
+    for count in calls:
+        chunk = session.observe(frames[first : first + count])
+        first += count
+        while chunk is not None:
+            chunks.append(chunk)
+            chunk = session.observe(())
+    return chunks
+
+
+def actions_of(chunks: list[ActionChunk]) -> np.ndarray:
+    assert [chunk.segment for chunk in chunks] == list(range(SEGMENTS))
+    return np.concatenate([chunk.actions for chunk in chunks])
+
+
+@pytest.fixture(scope="module")
+def flown(policy: WorldVLNPolicy, frames: list[np.ndarray]) -> np.ndarray:
+    """Actions of the ordinary flight: a segment's frames per call."""
+    return actions_of(fly(policy.new_session(PROMPT, seed=1), frames, (1, 4, 4)))
+
+
+@pytest.mark.parametrize("calls", [(1,) * FRAMES, (FRAMES,), (2, 3, 1, 3, 4), (3, 8), (9,), (FRAMES + 4,)])
+@pytest.mark.parametrize("emit", ["ahead", "behind"])
+def test_actions_do_not_depend_on_how_frames_are_sent(policy, frames, flown, calls: tuple[int, ...], emit):
+    session = policy.new_session(PROMPT, seed=1, emit=emit)
+    chunks = fly(session, frames, calls)
+    if emit == "behind" and sum(calls) < FRAMES:
+        assert session.need == FRAMES - sum(calls)
+        chunks += fly(session, frames[sum(calls) :], (session.need,))
+    np.testing.assert_allclose(actions_of(chunks), flown, atol=MOTION_TOLERANCE)
+    assert session.done
+    assert session.need == 0
+
+
+def test_one_call_emits_one_segment(policy, frames):
+    session = policy.new_session(PROMPT, seed=1)
+    assert [session.observe(frames).segment for _ in range(SEGMENTS)] == [0, 1, 2]
+    assert session.observe(frames) is None
+    assert session.frames == FRAMES
+
+
+def test_need_counts_down_to_the_next_segment(policy, frames):
+    ahead, behind = policy.new_session(PROMPT), policy.new_session(PROMPT, emit="behind")
+    assert (ahead.need, behind.need) == (1, 5)
+    assert ahead.observe(frames[:1]) is not None
+    assert behind.observe(frames[:1]) is None
+    assert (ahead.need, behind.need) == (4, 4)
+    assert ahead.observe(frames[1:3]) is None
+    assert ahead.need == 2
+
+
+def test_same_seed_gives_the_same_bytes_and_another_seed_other_actions(policy, frames, flown):
+    again = actions_of(fly(policy.new_session(PROMPT, seed=1), frames, (1, 4, 4)))
+    np.testing.assert_array_equal(again, flown)
+    other = actions_of(fly(policy.new_session(PROMPT, seed=2), frames, (1, 4, 4)))
+    assert np.abs(other - flown).max() > 0.1
+
+
+def test_sessions_in_turn_do_not_disturb_each_other(policy, frames, flown):
+    one, two = policy.new_session(PROMPT, seed=1), policy.new_session(OTHER, seed=9)
+    chunks, first = [], 0
+    for count in (1, 4, 4):
+        chunks.append(one.observe(frames[first : first + count]))
+        two.observe(frames[first : first + count])
+        first += count
+    np.testing.assert_array_equal(actions_of(chunks), flown)
+
+
+def test_new_prompt_counts_from_the_next_segment_on(policy, frames, flown):
+    session = policy.new_session(PROMPT, seed=1)
+    chunks = fly(session, frames, (1,))
+    session.set_prompt(OTHER)
+    chunks += fly(session, frames[1:], (4, 4))
+    fresh = actions_of(fly(policy.new_session(OTHER, seed=1), frames, (1, 4, 4)))
+    mixed = actions_of(chunks)
+    np.testing.assert_array_equal(mixed[:STEP], flown[:STEP])
+    np.testing.assert_allclose(mixed[STEP:], fresh[STEP:], atol=MOTION_TOLERANCE)
+    assert np.abs(fresh[STEP:] - flown[STEP:]).max() > 0.1
+
+
+def test_same_prompt_again_costs_nothing(policy, frames):
+    session = policy.new_session(PROMPT, seed=1)
+    session.observe(frames[:1])
+    before = session.counters["token_steps"]
+    session.set_prompt(PROMPT)
+    session.observe(frames[1:2])
+    assert session.counters["token_steps"] == before
+
+
+def test_negative_prompt_changes_the_actions(policy, frames, flown):
+    session = policy.new_session(PROMPT, seed=1, negative_prompt="back")
+    assert np.abs(actions_of(fly(session, frames, (1, 4, 4))) - flown).max() > 0.1
+
+
+def test_long_negative_prompt_is_cut_with_a_warning(policy, caplog):
+    rows = policy.encode_text("fly", "turn left and right and left and right to the tower")
+    assert rows.shape == (2, 3, 32)  # duration tag, one word, end
+    assert "cut to 3" in caplog.text
+
+
+def test_short_negative_prompt_is_followed_by_zero_rows(policy):
+    rows = policy.encode_text(PROMPT, "back")
+    assert np.abs(rows[1, :2]).max() > 0
+    assert np.abs(rows[1, 2:]).max() == 0
+
+
+@pytest.mark.parametrize("prompt", ["", "zwerge jodeln über dem qwrtz", "fly " * 100, "<<<t=9s>>>", "\n\0 5 m"])
+def test_any_prompt_flies(policy, frames, prompt: str):
+    chunk = policy.new_session(prompt).observe(frames[:1])
+    assert np.isfinite(chunk.actions).all()
+    assert 1 <= policy.encode_text(prompt, "").shape[1] <= policy.config.world_model.text_max_tokens
+
+
+def test_nothing_is_computed_twice_and_nothing_in_vain(policy, frames):
+    schedule, config = policy.tables.schedule, policy.config
+    session = policy.new_session(PROMPT, seed=1)
+    fly(session, frames, (1, 4, 8))
+    text = policy.encode_text(PROMPT, "").shape[1]
+    observed = [schedule.last_step(c, s).tokens for c in (0, 1, 2) for s in schedule.scales_referred_to(c)]
+    generated = [step.tokens for clip in schedule.clips[1:] for step in clip.steps]
+    counters = session.counters
+    assert counters["token_steps"] == text + sum(observed) + sum(generated)
+    assert counters["world_model_calls"] == 1 + len(observed) + len(generated)
+    # The last segment's own frames are never looked at.
+    assert counters["frames_encoded"] == config.horizon.points[-2]
+    # Five observed latents once, two predicted ones a segment.
+    assert counters["latents_decoded"] == 5 + 2 * SEGMENTS
+    assert len(session.observed_clips) == len(schedule.clips) - 1
+
+
+def test_new_prompt_repeats_the_world_model_but_not_the_vae(policy, frames):
+    session = policy.new_session(PROMPT, seed=1)
+    fly(session, frames, (1, 4))
+    before = session.counters
+    session.set_prompt(OTHER)
+    fly(session, frames[5:], (4,))
+    after = session.counters
+    assert after["frames_encoded"] - before["frames_encoded"] == 4
+    assert after["latents_decoded"] - before["latents_decoded"] == 2 + 2
+
+
+def test_timings_name_every_stage(policy, frames):
+    chunk = policy.new_session(PROMPT).observe(frames[:1])
+    assert {"preprocess", "vae_encoder", "text_encoder", "world_model_step", "vae_decoder", "action_decoder"} <= set(
+        chunk.timings_ms
+    )
+    assert all(value >= 0 for value in chunk.timings_ms.values())
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        np.zeros((8, 8, 3), np.float32),
+        np.zeros((8, 8), np.uint8),
+        np.zeros((8, 8, 4), np.uint8),
+        np.zeros((0, 8, 3), np.uint8),
+        b"jpeg",
+    ],
+)
+def test_wrong_frame_is_refused_and_nothing_is_stored(policy, frames, flown, frame):
+    session = policy.new_session(PROMPT, seed=1)
+    with pytest.raises(ValueError, match="uint8"):
+        session.observe([*frames[:2], frame])
+    assert session.frames == 0
+    np.testing.assert_array_equal(actions_of(fly(session, frames, (1, 4, 4))), flown)
+
+
+class _BrokenHead:
+    """The exported action head, until it is told to give NaN."""
+
+    def __init__(self, engine):
+        self.engine, self.is_broken = engine, False
+
+    def run(self, inputs, in_place=None):
+        outputs = self.engine.run(inputs, in_place)
+        return {name: value * np.nan for name, value in outputs.items()} if self.is_broken else outputs
+
+
+def test_nan_is_an_error_and_the_flight_goes_on_afterwards(policy, frames, flown):
+    head = _BrokenHead(policy.engines[graphs.ACTION_HEAD])
+    engines = {**policy.engines, graphs.ACTION_HEAD: head}
+    session = WorldVLNPolicy(policy.manifest, engines, policy.tokenizer).new_session(PROMPT, seed=1)
+    chunks = [session.observe(frames[:1])]
+    head.is_broken = True
+    for sent in (frames[1:5], ()):
+        with pytest.raises(NonFiniteActionsError, match="segment 1"):
+            session.observe(sent)
+        assert (session.frames, session.emitted, session.need) == (5, 0, 0)
+    head.is_broken = False
+    chunks += [session.observe(()), session.observe(frames[5:9])]
+    np.testing.assert_allclose(actions_of(chunks), flown, atol=MOTION_TOLERANCE)
+
+
+def test_memory_does_not_grow_over_two_hundred_segments(policy, frames):
+    def flights(count: int) -> None:
+        for seed in range(count):
+            session = policy.new_session(PROMPT, seed=seed)
+            fly(session, frames, (1, 4, 4))
+            session.close()
+
+    flights(20)
+    gc.collect()
+    before = _resident_bytes()
+    flights(67)
+    gc.collect()
+    assert _resident_bytes() - before < 8 * 2**20
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_closed_session_holds_no_clips(policy, frames):
+    session: WorldVLNSession = policy.new_session(PROMPT)
+    session.observe(frames[:5])
+    session.close()
+    assert session.observed_clips == ()

@@ -1,0 +1,131 @@
+"""From flights to a checkpoint in one call, stage by stage, at the size of a test."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_models import random_frames, tiny_config
+
+from worldvln_edge.config import ModelConfig
+from worldvln_edge.export.exporter import graph_sources
+from worldvln_edge.models.worldvln import load_checkpoint
+from worldvln_edge.training.loop import TrainingDivergedError
+from worldvln_edge.training.pipeline import Recipe, train_model
+from worldvln_edge.training.sim.instructions import instruction_vocabulary
+
+
+def _config() -> ModelConfig:
+    tiny = tiny_config()
+    return msgspec.structs.replace(tiny, text_encoder=msgspec.structs.replace(tiny.text_encoder, vocabulary=256))
+
+
+CONFIG = _config()
+
+
+def _recipe() -> Recipe:
+    recipe = Recipe().scaled(0.003)
+    return replace(
+        recipe,
+        vae=replace(recipe.vae, window_frames=5, batch=2),
+        backbone=replace(recipe.backbone, batch=2),
+        action=replace(recipe.action, windows=8),
+        rgb=replace(recipe.rgb, windows=8),
+        feature_flights=6,
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("flights")
+    rng = np.random.default_rng(0)
+    words = instruction_vocabulary()
+    np.savez(
+        folder / "flights-0.npz",
+        frames=np.stack([np.stack(random_frames(CONFIG, 13, seed=i)) for i in range(8)]),
+        actions=rng.normal(size=(8, 12, 6)).astype(np.float32) * 10,
+        poses=np.zeros((8, 13, 6)),
+        instructions=np.array([" ".join(rng.choice(words, 4)) for _ in range(8)]),
+        kinds=np.array(["forward"] * 8),
+    )
+    return folder
+
+
+def _train(data: Path, folder: Path, **options) -> Path:
+    arguments = {"seed": 1, "recipe": _recipe(), **options}
+    train_model(CONFIG, data, folder / "work", folder / "checkpoint", **arguments)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory) -> Path:
+    return _train(data, tmp_path_factory.mktemp("run"))
+
+
+def _stages(folder: Path) -> list[str]:
+    lines = (folder / "work" / "loss_curve.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["stage"] for line in lines]
+
+
+def test_the_checkpoint_loads_and_traces(trained: Path):
+    checkpoint = load_checkpoint(trained / "checkpoint")
+    assert checkpoint.config == CONFIG
+    assert {"loss_curve.jsonl", "run.json"} <= {path.name for path in (trained / "checkpoint").iterdir()}
+    assert len(list(graph_sources(checkpoint.model))) == 13
+
+
+def test_every_stage_left_its_weights_and_its_curve(trained: Path):
+    assert set(_stages(trained)) == {"vae", "sft", "rgb_head", "action"}
+    names = {path.name for path in (trained / "work").iterdir()}
+    assert names == {"run.json", "loss_curve.jsonl", *(f"{s}.safetensors" for s in set(_stages(trained)))}
+
+
+def test_finished_stages_are_not_repeated(data: Path, trained: Path, tmp_path: Path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoint")
+    (tmp_path / "work" / "rgb_head.safetensors").unlink()
+    before = _stages(tmp_path)
+    _train(data, tmp_path)
+    assert _stages(tmp_path)[len(before) :] == ["rgb_head"]
+    old = load_file(trained / "checkpoint" / "model.safetensors")
+    new = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    assert all(torch.equal(old[k], new[k]) for k in old if not k.startswith("rgb_head."))
+
+
+@pytest.mark.xfail(
+    strict=True, reason="stochastic depth draws from the global generator, whose state depends on the stages before"
+)
+def test_resumed_run_gives_the_weights_of_an_unbroken_one(data: Path, trained: Path, tmp_path: Path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "work" / "rgb_head.safetensors").unlink()
+    _train(data, tmp_path)
+    old = load_file(trained / "checkpoint" / "model.safetensors")
+    new = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    assert all(torch.equal(old[k], new[k]) for k in old)
+
+
+@pytest.mark.parametrize("change", [{"seed": 2}, {"limit": 7}, {"recipe": replace(_recipe(), feature_flights=5)}])
+def test_work_of_another_run_is_refused(data: Path, trained: Path, change: dict):
+    with pytest.raises(ValueError, match="holds another run"):
+        _train(data, trained, **change)
+
+
+def test_scaled_recipe_keeps_everything_but_the_steps():
+    scaled = Recipe().scaled(0.5)
+    assert scaled.backbone.optimiser.steps == Recipe().backbone.optimiser.steps // 2
+    assert replace(scaled.backbone, optimiser=Recipe().backbone.optimiser) == Recipe().backbone
+    assert Recipe().scaled(0).vae.optimiser.steps == 2
+
+
+def test_a_run_that_diverges_stops_and_leaves_no_checkpoint(data: Path, tmp_path: Path):
+    recipe = _recipe()
+    broken = replace(recipe.vae, optimiser=replace(recipe.vae.optimiser, max_bad_steps=2), commitment=float("nan"))
+    with pytest.raises(TrainingDivergedError, match="vae: 2 steps in a row"):
+        _train(data, tmp_path, recipe=replace(recipe, vae=broken))
+    assert not (tmp_path / "checkpoint").exists()
+    assert not (tmp_path / "work" / "vae.safetensors").exists()
