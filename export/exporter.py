@@ -17,7 +17,16 @@ from torch.export import Dim
 
 from worldvln_edge import __version__
 from worldvln_edge.atomic import atomic_directory
-from worldvln_edge.bundle import SCHEMA, TOKENIZER_FILE, FileEntry, GraphEntry, Manifest, file_entry, write_manifest
+from worldvln_edge.bundle import (
+    MANIFEST_FILE,
+    SCHEMA,
+    TOKENIZER_FILE,
+    FileEntry,
+    GraphEntry,
+    Manifest,
+    file_entry,
+    write_manifest,
+)
 from worldvln_edge.config import ModelConfig, TimesFormerConfig
 from worldvln_edge.export.action_graphs import AdapterGraph, RgbGraph, WindowsGraph
 from worldvln_edge.export.onnx_file import OPSET, WEIGHTS_FILE, SharedWeights, export_module, tensor_specs
@@ -66,7 +75,7 @@ def export_bundle(
     checkpoint = load_checkpoint(checkpoint_folder)
     config = checkpoint.config
     sources = list(graph_sources(checkpoint.model))
-    with atomic_directory(out) as folder:
+    with atomic_directory(out, MANIFEST_FILE) as folder:
         weights = SharedWeights(folder)
         entries: dict[str, GraphEntry] = {}
         for index, source in enumerate(sources):

@@ -27,7 +27,7 @@ from worldvln_edge.training.loop import Losses, OptimiserConfig, optimise, step_
 @dataclass(frozen=True, kw_only=True)
 class BackboneTrainingConfig:
     optimiser: OptimiserConfig = field(
-        default_factory=lambda: OptimiserConfig(learning_rate=1e-3, steps=1500, weight_decay=0.02, clip_norm=5.0)
+        default_factory=lambda: OptimiserConfig(learning_rate=1e-3, steps=1000, weight_decay=0.02, clip_norm=5.0)
     )
     batch: int = 16
     flip_strength: float = 0.1

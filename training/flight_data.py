@@ -6,6 +6,7 @@ Source: spec/training.md 1, 4.1.
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def load_flights(folder: Path, *, num_frames: int, image_hw: tuple[int, int], li
         try:
             with np.load(shard) as arrays:
                 part = {name: arrays[name] for name in _ARRAYS}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise FlightDataError(f"{shard}: broken shard ({error}); delete it and generate again") from error
         expected = (num_frames, *image_hw, 3)
         if part["frames"].shape[1:] != expected:

@@ -27,7 +27,7 @@ class TrainingDivergedError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimiserConfig:
-    """AdamW with linear warm-up and cosine decay to a tenth."""
+    """AdamW with linear warm-up and cosine decay to `final_share` of the rate."""
 
     learning_rate: float
     steps: int
@@ -118,7 +118,7 @@ def optimise(
             curve.add(losses)
         else:
             bad += 1
-            if bad >= config.max_bad_steps:
+            if bad >= min(config.max_bad_steps, config.steps):
                 raise TrainingDivergedError(f"{stage}: {bad} steps in a row without a finite loss, last step {step}")
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
             means = curve.flush(step + 1, config.rate(step))

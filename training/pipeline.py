@@ -11,6 +11,7 @@ import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -42,7 +43,7 @@ class Recipe:
     backbone: BackboneTrainingConfig = field(default_factory=BackboneTrainingConfig)
     action: ActionTrainingConfig = field(default_factory=ActionTrainingConfig)
     rgb: ActionTrainingConfig = field(default_factory=ActionTrainingConfig)
-    feature_flights: int = 1400  # flights whose decoder features are cached; 0.8 MB each for `nano`
+    feature_flights: int = 400  # flights whose decoder features are cached; 0.8 MB each for `nano`
 
     def scaled(self, share: float) -> Recipe:
         """The same recipe with every stage's steps multiplied (rehearsals, tests)."""
@@ -98,9 +99,9 @@ def train_model(
     if not stages.load("vae", model.vae):
         train_vae(model.vae, config, flights, recipe.vae, curve, seed=seed)
         stages.save("vae", model.vae)
-    latents = encode_flights(model.vae, flights)
     backbone = nn.ModuleDict({"text_encoder": model.text_encoder, "world_model": model.world_model})
     if not stages.load("sft", backbone):
+        latents = encode_flights(model.vae, flights)
         train_backbone(
             model.text_encoder, model.world_model, config, latents, text, recipe.backbone, curve, seed=seed + 1
         )
@@ -109,17 +110,11 @@ def train_model(
         train_rgb_head(model.rgb_head, flights, stats, recipe.rgb, curve, seed=seed + 2)
         stages.save("rgb_head", model.rgb_head)
     if not stages.load("action", model.latent_head):
-        used = min(recipe.feature_flights, len(flights))
-        cache = cache_features(
-            model.vae.eval(),
-            model.world_model.eval(),
-            model.text_encoder.eval(),
-            config,
-            latents[:used],
-            text,
-            seed=seed,
-        )
-        train_latent_head(model.latent_head, config, flights, cache, stats, recipe.action, curve, seed=seed + 3)
+        used = flights.take(np.arange(min(recipe.feature_flights, len(flights))))
+        latents = encode_flights(model.vae, used)
+        networks = (model.vae.eval(), model.world_model.eval(), model.text_encoder.eval())
+        cache = cache_features(*networks, config, latents, text, seed=seed)
+        train_latent_head(model.latent_head, config, used, cache, stats, recipe.action, curve, seed=seed + 3)
         stages.save("action", model.latent_head)
     save_checkpoint(
         out,
@@ -135,6 +130,7 @@ class _Stages:
 
     def __init__(self, work: Path, run: dict):
         self._work = work
+        self._seed = int(run["seed"])
         self.run_file = work / "run.json"
         text = json.dumps(run, indent=1) + "\n"
         if self.run_file.exists() and self.run_file.read_text(encoding="utf-8") != text:
@@ -142,8 +138,10 @@ class _Stages:
         self.run_file.write_text(text, encoding="utf-8")
 
     def load(self, stage: str, module: nn.Module) -> bool:
+        """Load a finished stage; or say that it is still to do, with the draws that it always begins with."""
         path = self._work / f"{stage}.safetensors"
         if not path.exists():
+            torch.manual_seed(self._seed + sum(stage.encode()))  # stochastic depth draws from the global generator
             return False
         module.load_state_dict(load_file(path))
         module.eval()

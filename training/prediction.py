@@ -49,7 +49,7 @@ def predict_clip(
     Returns:
         float32 [B, C, T, H, W].
     """
-    references = sorted(schedule.references(clip_index))
+    references = _reference_closure(schedule, clip_index)
     context = [_observed_scale(schedule.clips[c], scale, observed_BCTHW, config) for c, scale in references]
     clip = schedule.clips[clip_index]
     rows, cols = config.schedule.latent_hw
@@ -82,6 +82,18 @@ def predict_clip(
         if schedule.config.context_from_largest_no <= 0 and step.is_last_repetition:
             own.append(current)
     return codes
+
+
+def _reference_closure(schedule: ScaleSchedule, clip_index: int) -> list[tuple[int, int]]:
+    """References of a clip and, in turn, theirs: without them the keys and values of the first would differ."""
+    found: set[tuple[int, int]] = set()
+    waiting = list(schedule.references(clip_index))
+    while waiting:
+        key = waiting.pop()
+        if key not in found:
+            found.add(key)
+            waiting.extend(schedule.references_of_scale(*key))
+    return sorted(found)
 
 
 def _observed_scale(clip: Clip, scale: int, observed_BCTHW: Tensor, config: ModelConfig) -> EncodedScale:

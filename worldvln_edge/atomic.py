@@ -8,18 +8,28 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+class FolderInUseError(ValueError):
+    """The place of an output folder is taken by something else, which would be lost."""
+
+
 @contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path, marker: str) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` when the block ends without an error.
 
     An existing `target` is replaced in whole; on an error it stays as it was and nothing is left behind.
 
+    Args:
+        target: the folder.
+        marker: a file that every folder of this kind holds; a folder without it is somebody's own and is not replaced.
+
     Raises:
-        NotADirectoryError: `target` exists and is a file.
+        FolderInUseError: `target` is a file, or a folder with other things in it.
     """
-    target = Path(target)
+    target = Path(target).resolve()
     if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{target} is a file; give the name of a folder")
+        raise FolderInUseError(f"{target} is a file; give the name of a folder")
+    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
+        raise FolderInUseError(f"{target} holds other files (and no {marker}); give an empty or a new folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".building", dir=target.parent))
     replaced = building.with_suffix(".replaced")

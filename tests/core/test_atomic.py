@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from worldvln_edge.atomic import atomic_directory
+from worldvln_edge.atomic import FolderInUseError, atomic_directory
+
+MARKER = "old"
 
 
 def names(folder: Path) -> list[str]:
@@ -17,7 +19,7 @@ def names(folder: Path) -> list[str]:
 
 def test_folder_appears_when_the_block_ends(tmp_path: Path):
     target = tmp_path / "deep" / "bundle"
-    with atomic_directory(target) as building:
+    with atomic_directory(target, MARKER) as building:
         (building / "a").write_text("1", encoding="utf-8")
         assert not target.exists()
     assert (target / "a").read_text(encoding="utf-8") == "1"
@@ -27,19 +29,20 @@ def test_folder_appears_when_the_block_ends(tmp_path: Path):
 
 def test_old_folder_is_replaced_in_whole(tmp_path: Path):
     target = tmp_path / "bundle"
-    for content in ("old", "new"):
-        with atomic_directory(target) as building:
-            (building / content).write_text(content, encoding="utf-8")
-    assert names(target) == ["new"]
+    for content in ("first", "second"):
+        with atomic_directory(target, MARKER) as building:
+            (building / MARKER).touch()
+            (building / content).touch()
+    assert names(target) == [MARKER, "second"]
     assert names(tmp_path) == ["bundle"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_error_leaves_the_old_folder_and_nothing_else(tmp_path: Path, error: type[BaseException]):
     target = tmp_path / "bundle"
-    with atomic_directory(target) as building:
+    with atomic_directory(target, MARKER) as building:
         (building / "old").touch()
-    with pytest.raises(error), atomic_directory(target) as building:  # noqa: PT012
+    with pytest.raises(error), atomic_directory(target, MARKER) as building:  # noqa: PT012
         (building / "half").touch()
         raise error
     assert names(target) == ["old"]
@@ -48,7 +51,7 @@ def test_error_leaves_the_old_folder_and_nothing_else(tmp_path: Path, error: typ
 
 def test_failed_move_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     target = tmp_path / "bundle"
-    with atomic_directory(target) as building:
+    with atomic_directory(target, MARKER) as building:
         (building / "old").touch()
     move = os.replace
 
@@ -58,7 +61,7 @@ def test_failed_move_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytes
         move(source, destination)
 
     monkeypatch.setattr(os, "replace", fail_for_new)
-    with pytest.raises(OSError, match="disk is gone"), atomic_directory(target) as building:
+    with pytest.raises(OSError, match="disk is gone"), atomic_directory(target, MARKER) as building:
         (building / "new").touch()
     assert names(target) == ["old"]
     assert names(tmp_path) == ["bundle"]
@@ -67,27 +70,43 @@ def test_failed_move_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytes
 def test_file_in_the_way_is_refused(tmp_path: Path):
     (tmp_path / "bundle").touch()
     with (
-        pytest.raises(NotADirectoryError, match="is a file; give the name of a folder"),
-        atomic_directory(tmp_path / "bundle"),
+        pytest.raises(FolderInUseError, match="is a file; give the name of a folder"),
+        atomic_directory(tmp_path / "bundle", MARKER),
     ):
         pass
 
 
+def test_folder_of_somebody_else_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "thesis.tex").touch()
+    monkeypatch.chdir(tmp_path)
+    for target in (tmp_path, Path(".")):
+        with pytest.raises(FolderInUseError, match="holds other files"), atomic_directory(target, MARKER):
+            pass
+    assert names(tmp_path) == ["thesis.tex"]
+
+
+def test_empty_folder_is_used(tmp_path: Path):
+    (tmp_path / "bundle").mkdir()
+    with atomic_directory(tmp_path / "bundle", MARKER) as building:
+        (building / "new").touch()
+    assert names(tmp_path / "bundle") == ["new"]
+
+
 def test_killed_writer_leaves_the_old_folder(tmp_path: Path):
     target = tmp_path / "bundle"
-    with atomic_directory(target) as building:
+    with atomic_directory(target, MARKER) as building:
         (building / "old").touch()
     program = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from worldvln_edge.atomic import atomic_directory\n"
-        "with atomic_directory(Path(sys.argv[1])) as building:\n"
+        "with atomic_directory(Path(sys.argv[1]), 'old') as building:\n"
         "    (building / 'half').touch()\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     result = subprocess.run([sys.executable, "-c", program, str(target)], check=False, timeout=60)
     assert result.returncode == -signal.SIGKILL
     assert names(target) == ["old"]
-    with atomic_directory(target) as building:  # what the dead writer left behind is in nobody's way
+    with atomic_directory(target, MARKER) as building:  # what the dead writer left behind is in nobody's way
         (building / "new").touch()
     assert names(target) == ["new"]

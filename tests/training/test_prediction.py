@@ -41,19 +41,12 @@ def _expected(model: WorldVLN, config: ModelConfig, latents: torch.Tensor, clip:
     return generated.summed_BcTHW[:, :, schedule.clips[clip].frame_slice]
 
 
-# Serving gives a referenced scale keys and values that themselves saw *its* references; predict_clip leaves out
-# references of references unless the clip at hand refers to them as well.
-_REFERENCES_OF_REFERENCES = pytest.mark.xfail(
-    strict=True, reason="predict_clip drops references of references, so clips behind the first differ from serving"
-)
-
-
 @pytest.mark.parametrize(
     ("clip", "case"),
     [
         (1, "one_scale_visible"),
-        pytest.param(2, "one_scale_visible", marks=_REFERENCES_OF_REFERENCES),
-        pytest.param(3, "one_scale_visible", marks=_REFERENCES_OF_REFERENCES),
+        (2, "one_scale_visible"),
+        (3, "one_scale_visible"),
         (1, "every_scale_visible_no_guidance"),
         (2, "every_scale_visible_no_guidance"),
         (3, "every_scale_visible_no_guidance"),

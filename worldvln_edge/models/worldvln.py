@@ -87,7 +87,7 @@ def save_checkpoint(
         if not torch.isfinite(stored).all():
             raise CheckpointError(f"tensor {name} holds NaN, infinity or a value outside {dtype}; nothing was written")
         tensors[name] = stored.contiguous().clone()
-    with atomic_directory(folder) as building:
+    with atomic_directory(folder, CONFIG_FILE) as building:
         save_file(tensors, building / TENSOR_FILE, metadata={"format": "pt"})
         (building / CONFIG_FILE).write_bytes(model.config.to_json() + b"\n")
         (building / STATS_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(stats), indent=2) + b"\n")
