@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from worldvln_edge.tasks import Task
-from worldvln_edge.training.flight_data import FlightDataError
+from worldvln_edge.training.sim.shards import FlightDataError, list_shards, read_shard
 
 Magnitude = tuple[float, ...]
 
@@ -56,18 +56,11 @@ def read_action_tables(folder: Path) -> ActionTables:
     Raises:
         FlightDataError: no shards, a broken one, or flights of different lengths.
     """
-    shards = sorted(Path(folder).glob("*.npz"))
-    if not shards:
-        raise FlightDataError(f"{folder} holds no flight shards (*.npz); make some with `worldvln-edge sim flights`")
     actions: list[np.ndarray] = []
     kinds: list[str] = []
     magnitudes: list[Magnitude] = []
-    for shard in shards:
-        try:
-            with np.load(shard, allow_pickle=False) as arrays:
-                part, names, numbers = (arrays[key] for key in ("actions", "kinds", "magnitudes"))
-        except (OSError, ValueError, KeyError) as error:
-            raise FlightDataError(f"{shard}: broken shard ({error}); delete it and generate again") from error
+    for shard in list_shards(folder):
+        part, names, numbers = read_shard(shard, ("actions", "kinds", "magnitudes")).values()
         if part.ndim != 3 or part.shape[2] != 6 or (actions and part.shape[1] != actions[0].shape[1]):
             raise FlightDataError(
                 f"{shard}: actions {list(part.shape)}; expected [flights, steps, 6], as in the others"

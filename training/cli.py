@@ -157,7 +157,7 @@ def train_command(
     Example: worldvln-edge train --data runs/flights/train --out runs/nano --work runs/nano-work
     """
     from worldvln_edge.presets import preset
-    from worldvln_edge.training.flight_data import FlightDataError
+    from worldvln_edge.training.sim.shards import FlightDataError
 
     config = preset(preset_name)
     if not any(data.glob("*.npz")):  # before torch loads, which takes seconds

@@ -6,7 +6,6 @@ Source: spec/training.md 1, 4.1.
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +13,9 @@ import numpy as np
 
 from worldvln_edge.action_windows import LabelStats
 from worldvln_edge.poses import actions_to_deltas
+from worldvln_edge.training.sim.shards import FlightDataError, list_shards, read_shard
 
 _ARRAYS = ("frames", "actions", "poses", "instructions", "kinds")
-
-
-class FlightDataError(ValueError):
-    """A folder or shard that cannot be trained on. The message names the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,17 +60,11 @@ def load_flights(folder: Path, *, num_frames: int, image_hw: tuple[int, int], li
     Raises:
         FlightDataError: no shards, a broken shard, or frames of another size or count.
     """
-    shards = sorted(Path(folder).glob("*.npz"))
-    if not shards:
-        raise FlightDataError(f"{folder} holds no flight shards (*.npz); make some with `worldvln-edge sim flights`")
+    shards = list_shards(folder)
     parts: dict[str, list] = {name: [] for name in _ARRAYS}
     total = 0
     for shard in shards:
-        try:
-            with np.load(shard) as arrays:
-                part = {name: arrays[name] for name in _ARRAYS}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise FlightDataError(f"{shard}: broken shard ({error}); delete it and generate again") from error
+        part = read_shard(shard, _ARRAYS)
         expected = (num_frames, *image_hw, 3)
         if part["frames"].shape[1:] != expected:
             raise FlightDataError(f"{shard}: frames {part['frames'].shape[1:]}, the preset needs {expected}")

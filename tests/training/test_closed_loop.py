@@ -26,10 +26,10 @@ from worldvln_edge.training.closed_loop import (
 )
 from worldvln_edge.training.evaluation import EXPERT, MEAN_KIND, POLICY, SHUFFLED, ZERO, RemotePilot, evaluate
 from worldvln_edge.training.evaluation_tables import evaluation_markdown
-from worldvln_edge.training.flight_data import FlightDataError
 from worldvln_edge.training.flight_statistics import wilson_interval
 from worldvln_edge.training.sim.flights import FlightsConfig, generate_flights
 from worldvln_edge.training.sim.instructions import TASK_KINDS
+from worldvln_edge.training.sim.shards import FlightDataError
 from worldvln_edge.training.sim.tasks import generate_task
 
 SMALL = (32, 32)

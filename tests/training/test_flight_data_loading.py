@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from worldvln_edge.poses import actions_to_deltas
-from worldvln_edge.training.flight_data import FlightDataError, load_flights
+from worldvln_edge.training.flight_data import load_flights
+from worldvln_edge.training.sim.shards import FlightDataError
 
 FRAMES, HW = 5, (4, 6)
 
@@ -69,7 +70,7 @@ def test_frames_of_another_preset_are_refused(folder: Path):
 
 def test_shard_without_an_array_is_refused(folder: Path):
     np.savez(folder / "flights-0.npz", frames=np.zeros((1, FRAMES, *HW, 3), np.uint8))
-    with pytest.raises(FlightDataError, match=r"flights-0\.npz: broken shard .*actions"):
+    with pytest.raises(FlightDataError, match=r"flights-0\.npz: lacks actions"):
         load(folder)
 
 

@@ -7,8 +7,9 @@ from click.testing import CliRunner
 from worldvln_edge.poses import integrate_actions
 from worldvln_edge.tasks import Task, read_task_list
 from worldvln_edge.training.sim.cli import sim
-from worldvln_edge.training.sim.flights import FlightDataError, FlightsConfig, fly_expert, generate_flights, read_shard
+from worldvln_edge.training.sim.flights import FlightsConfig, fly_expert, generate_flights
 from worldvln_edge.training.sim.perturbation import PerturbationConfig, perturb_path
+from worldvln_edge.training.sim.shards import FlightDataError, read_shard
 from worldvln_edge.training.sim.tasks import generate_task, score_flight
 
 ALWAYS = PerturbationConfig(share=1.0, push_probability=1.0)
@@ -110,7 +111,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
 
 def test_a_broken_shard_says_what_to_do(tmp_path):
     (tmp_path / "a.npz").write_bytes(b"PK not really")
-    with pytest.raises(FlightDataError, match="delete it and run again"):
+    with pytest.raises(FlightDataError, match="delete it and generate again"):
         read_shard(tmp_path / "a.npz")
     np.savez(tmp_path / "b.npz", frames=np.zeros(1))
     with pytest.raises(FlightDataError, match="lacks actions"):

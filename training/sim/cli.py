@@ -75,8 +75,9 @@ def flights(
     Example: worldvln-edge sim flights --split train --count 4096 --out flights/train --workers 2 --image-size 64
     """
     from worldvln_edge.training.sim.camera import RenderingUnavailableError
-    from worldvln_edge.training.sim.flights import FlightDataError, FlightsConfig, generate_flights
+    from worldvln_edge.training.sim.flights import FlightsConfig, generate_flights
     from worldvln_edge.training.sim.perturbation import PerturbationConfig
+    from worldvln_edge.training.sim.shards import FlightDataError
 
     wants_pushes = split == "train" if perturb is None else perturb
     config = FlightsConfig(

@@ -1,15 +1,4 @@
-"""Expert flights as training data: frames, achieved motion and instruction, in shards.
-
-A shard is an uncompressed `.npz` without pickle, written atomically:
-
-    frames        uint8    [N, 49, H, W, 3]  RGB
-    actions       float32  [N, 48, 6]        achieved motion, cm and deg, order poses.ACTION_ORDER
-    poses         float32  [N, 49, 6]        achieved poses, cm and deg
-    instructions  str      [N]
-    kinds         str      [N]
-    magnitudes    float32  [N, 2]            numbers in the text, m before deg; NaN where there are fewer
-    landmarks     str      [N]               name, or "" for a motion task
-    task_indices  int64    [N]               index in the split: generate_task(split, index)
+"""Expert flights as training data: frames, achieved motion and instruction, in shards (`shards.py`).
 
 Source: spec/training.md 8.1, 8.6.
 """
@@ -31,6 +20,7 @@ from tqdm import tqdm
 from worldvln_edge.poses import actions_between
 from worldvln_edge.tasks import Task
 from worldvln_edge.training.sim.perturbation import PerturbationConfig, perturb_path
+from worldvln_edge.training.sim.shards import FlightDataError
 from worldvln_edge.training.sim.simulator import Simulator
 from worldvln_edge.training.sim.tasks import Split, generate_task, score_flight
 
@@ -38,10 +28,6 @@ _FORMAT = 1
 _PERTURBED_CLEARANCE_M = 0.15
 _PERTURBED_DRAWS = 12
 SETTINGS_FILE = "flights.json"
-
-
-class FlightDataError(ValueError):
-    """Flight data that cannot be used. The message says which file and what to do."""
 
 
 @dataclass(frozen=True)
@@ -157,35 +143,6 @@ def generate_flights(
         if first in paths and path != paths[first]:
             path.unlink()
     return list(paths.values())
-
-
-def read_shard(path: str | Path) -> dict[str, np.ndarray]:
-    """Arrays of a shard, keys as at the top of this file.
-
-    Raises:
-        FlightDataError: not a shard of flights.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError) as error:
-        raise FlightDataError(f"{path}: not a readable shard of flights ({error}); delete it and run again") from error
-    lacking = [name for name in _SHARD_KEYS if name not in arrays]
-    if lacking:
-        raise FlightDataError(f"{path}: lacks {', '.join(lacking)}; it was not written by `sim flights`")
-    return arrays
-
-
-_SHARD_KEYS = (
-    "frames",
-    "actions",
-    "poses",
-    "instructions",
-    "kinds",
-    "magnitudes",
-    "landmarks",
-    "task_indices",
-)
 
 
 def _perturbed(
