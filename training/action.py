@@ -32,7 +32,7 @@ from worldvln_edge.training.prediction import predict_clip
 @dataclass(frozen=True, kw_only=True)
 class ActionTrainingConfig:
     optimiser: OptimiserConfig = field(
-        default_factory=lambda: OptimiserConfig(learning_rate=1.5e-3, steps=600, weight_decay=0.05)
+        default_factory=lambda: OptimiserConfig(learning_rate=1.5e-3, steps=2000, weight_decay=0.05)
     )
     windows: int = 64
     predicted_share: float = 0.6  # of the windows of a latent-head batch

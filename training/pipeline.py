@@ -42,8 +42,12 @@ class Recipe:
     vae: VaeTrainingConfig = field(default_factory=VaeTrainingConfig)
     backbone: BackboneTrainingConfig = field(default_factory=BackboneTrainingConfig)
     action: ActionTrainingConfig = field(default_factory=ActionTrainingConfig)
-    rgb: ActionTrainingConfig = field(default_factory=ActionTrainingConfig)
-    feature_flights: int = 400  # flights whose decoder features are cached; 0.8 MB each for `nano`
+    rgb: ActionTrainingConfig = field(
+        default_factory=lambda: ActionTrainingConfig(
+            optimiser=OptimiserConfig(learning_rate=5e-4, steps=1500, weight_decay=0.05)
+        )
+    )
+    feature_flights: int = 1000  # flights whose decoder features are cached; 0.8 MB each for `nano`
 
     def scaled(self, share: float) -> Recipe:
         """The same recipe with every stage's steps multiplied (rehearsals, tests)."""
@@ -106,9 +110,6 @@ def train_model(
             model.text_encoder, model.world_model, config, latents, text, recipe.backbone, curve, seed=seed + 1
         )
         stages.save("sft", backbone)
-    if not stages.load("rgb_head", model.rgb_head):
-        train_rgb_head(model.rgb_head, flights, stats, recipe.rgb, curve, seed=seed + 2)
-        stages.save("rgb_head", model.rgb_head)
     if not stages.load("action", model.latent_head):
         used = flights.take(np.arange(min(recipe.feature_flights, len(flights))))
         latents = encode_flights(model.vae, used)
@@ -116,6 +117,9 @@ def train_model(
         cache = cache_features(*networks, config, latents, text, seed=seed)
         train_latent_head(model.latent_head, config, used, cache, stats, recipe.action, curve, seed=seed + 3)
         stages.save("action", model.latent_head)
+    if not stages.load("rgb_head", model.rgb_head):
+        train_rgb_head(model.rgb_head, flights, stats, recipe.rgb, curve, seed=seed + 2)
+        stages.save("rgb_head", model.rgb_head)
     save_checkpoint(
         out,
         model,

@@ -89,6 +89,7 @@ def save_checkpoint(
         tensors[name] = stored.contiguous().clone()
     with atomic_directory(folder, CONFIG_FILE) as building:
         save_file(tensors, building / TENSOR_FILE, metadata={"format": "pt"})
+        (building / TENSOR_FILE).chmod(0o644)
         (building / CONFIG_FILE).write_bytes(model.config.to_json() + b"\n")
         (building / STATS_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(stats), indent=2) + b"\n")
         (building / TOKENIZER_FILE).write_text(tokenizer_json, encoding="utf-8")
