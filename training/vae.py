@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldvln_edge.config import ModelConfig
+from worldvln_edge.config import ConfigError, ModelConfig
 from worldvln_edge.models.quantizer import add_codes, encode_bits
 from worldvln_edge.models.video_vae import VideoVAE
 from worldvln_edge.scale_schedule import ScaleSchedule
@@ -131,7 +131,17 @@ class _Windows:
 def train_vae(
     vae: VideoVAE, config: ModelConfig, flights: FlightSet, training: VaeTrainingConfig, curve_file: Path, *, seed: int
 ) -> None:
-    """Train `vae` in place on random windows of the flights."""
+    """Train `vae` in place on random windows of the flights.
+
+    Raises:
+        ConfigError: a window that is longer than the flights or does not end with a latent frame.
+    """
+    stride, longest = config.video_vae.temporal_stride, flights.frames.shape[1]
+    for name, window in (("window", training.window), ("encoder_window", training.encoder_window)):
+        if window > longest or window <= stride or (window - 1) % stride:
+            raise ConfigError(
+                f"{name} must be 1 + {stride}*k frames, k >= 1, and at most the {longest} of a flight; found {window}"
+            )
     stats = flights.label_stats()
     moving = torch.from_numpy(stats.std) > 1e-4  # roll and pitch do not move in the simulator
     motion = ((torch.from_numpy(flights.deltas) - torch.from_numpy(stats.mean)) / torch.from_numpy(stats.std))[

@@ -32,7 +32,7 @@ def _recipe() -> Recipe:
     recipe = Recipe().scaled(0.003)
     return replace(
         recipe,
-        vae=replace(recipe.vae, window_frames=5, batch=2),
+        vae=replace(recipe.vae, window=5, encoder_window=5, batch=2, encoder_batch=2),
         backbone=replace(recipe.backbone, batch=2),
         action=replace(recipe.action, windows=8),
         rgb=replace(recipe.rgb, windows=8),
@@ -80,9 +80,10 @@ def test_the_checkpoint_loads_and_traces(trained: Path):
 
 
 def test_every_stage_left_its_weights_and_its_curve(trained: Path):
-    assert set(_stages(trained)) == {"vae", "sft", "rgb_head", "action"}
+    assert set(_stages(trained)) == {"vae_encoder", "vae", "sft", "action", "rgb_head"}
     names = {path.name for path in (trained / "work").iterdir()}
-    assert names == {"run.json", "loss_curve.jsonl", *(f"{s}.safetensors" for s in set(_stages(trained)))}
+    saved = ("vae", "sft", "action", "rgb_head")
+    assert names == {"run.json", "loss_curve.jsonl", *(f"{stage}.safetensors" for stage in saved)}
 
 
 def test_finished_stages_are_not_repeated(data: Path, trained: Path, tmp_path: Path):
@@ -116,7 +117,7 @@ def test_scaled_recipe_keeps_everything_but_the_steps():
     scaled = Recipe().scaled(0.5)
     assert scaled.backbone.optimiser.steps == Recipe().backbone.optimiser.steps // 2
     assert replace(scaled.backbone, optimiser=Recipe().backbone.optimiser) == Recipe().backbone
-    assert Recipe().scaled(0).vae.optimiser.steps == 2
+    assert Recipe().scaled(0).vae.optimiser.steps == Recipe().scaled(0).vae.encoder.steps == 2
 
 
 def test_a_run_that_diverges_stops_and_leaves_no_checkpoint(data: Path, tmp_path: Path):

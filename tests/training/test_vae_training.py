@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_models import random_frames, random_model, tiny_config
 
+from worldvln_edge.config import ConfigError
 from worldvln_edge.models.quantizer import add_codes, encode_bits
 from worldvln_edge.models.video_vae import VideoVAE
 from worldvln_edge.scale_schedule import ScaleSchedule
@@ -72,9 +73,11 @@ def test_kept_scales_are_the_coarse_ones_of_every_clip():
 
 def test_readouts_give_one_motion_per_frame():
     readouts = MotionReadouts(CONFIG, columns=4)
-    assert readouts.from_codes(_features()).shape == (3, 8, 4)
+    rows, cols = CONFIG.schedule.latent_hw
     features = torch.randn(3, CONFIG.video_vae.feature_channels, 9, 8, 12)
-    assert readouts.from_features(features).shape == (3, 8, 4)
+    for motion, flow in (readouts.from_codes(_features()), readouts.from_features(features)):
+        assert motion.shape == (3, 8, 4)
+        assert flow.shape == (3, 8, 2, rows, cols)
 
 
 def test_frames_span_minus_one_to_one():
@@ -86,7 +89,11 @@ def test_frames_span_minus_one_to_one():
 
 def test_training_lowers_the_reconstruction_error_and_repeats_itself(flights: FlightSet, tmp_path: Path):
     training = VaeTrainingConfig(
-        optimiser=OptimiserConfig(learning_rate=4e-3, steps=60, warmup_steps=4, log_every=4), batch=3, window_frames=5
+        encoder=OptimiserConfig(learning_rate=1e-3, steps=4, warmup_steps=2, log_every=2),
+        optimiser=OptimiserConfig(learning_rate=4e-3, steps=60, warmup_steps=4, log_every=4),
+        encoder_batch=3,
+        batch=3,
+        window=5,
     )
 
     def train(name: str) -> tuple[VideoVAE, list[dict]]:
@@ -96,10 +103,18 @@ def test_training_lowers_the_reconstruction_error_and_repeats_itself(flights: Fl
         return vae, [json.loads(line) for line in (tmp_path / name).read_text(encoding="utf-8").splitlines()]
 
     vae, curve = train("one")
-    assert curve[-1]["reconstruction"] < 0.7 * curve[0]["reconstruction"]
+    assert [row["stage"] for row in curve[:3]] == ["vae_encoder", "vae_encoder", "vae"]
+    assert curve[-1]["reconstruction"] < 0.7 * curve[2]["reconstruction"]
     assert not vae.training
     again, _ = train("two")
     assert all(torch.equal(a, b) for a, b in zip(vae.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("change", [{"window": 17}, {"window": 4}, {"encoder_window": 2}, {"encoder_window": 1}])
+def test_windows_that_do_not_fit_are_refused(flights: FlightSet, tmp_path: Path, change: dict):
+    training = replace(VaeTrainingConfig(window=5), **change)
+    with pytest.raises(ConfigError, match="frames"):
+        train_vae(VideoVAE(CONFIG.video_vae), CONFIG, flights, training, tmp_path / "curve", seed=0)
 
 
 def test_latents_do_not_depend_on_the_batch(flights: FlightSet):
