@@ -1,6 +1,6 @@
 """Export: a checkpoint folder to a bundle, graph by graph.
 
-Source: design note "Export"; runtime/graphs.py (names, inputs and outputs of every graph).
+Source: runtime/graphs.py (names, inputs and outputs of every graph).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ keeps one graph for all scales, and the heads are tiny beside the blocks.
 
 Legend: B guidance rows, n tokens = T*h*w, C width, D latent channels, H W latent grid, M cache capacity,
 bits = semantic_bits + detail_bits.
-Source: spec/world_model.md 2.3, 6; design note "Export" (TensorScatter, Attention with nonpad_kv_seqlen).
+Source: spec/world_model.md 2.3, 6; ONNX opset 24 (TensorScatter, Attention with nonpad_kv_seqlen).
 """
 
 import torch

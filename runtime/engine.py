@@ -1,6 +1,6 @@
 """Engines: one exported graph, ready to run. The session code knows this interface only.
 
-Source: design note "Export"; ONNX Runtime's I/O binding.
+Source: ONNX Runtime's I/O binding.
 """
 
 from __future__ import annotations

@@ -64,6 +64,7 @@ def decode_frames(request: Observe, new: slice, limits: Limits, *, room_bytes: i
 def _raw_rgb(data: bytes | str, height: int, width: int, limits: ImageLimits) -> np.ndarray:
     if width * height > limits.max_pixels or max(width, height) > limits.max_side:
         raise ImageError(f"{width}x{height} pixels; limit {limits.max_pixels}, side {limits.max_side}", "too_large")
+    limits.check_aspect(width, height)
     if isinstance(data, str):
         try:
             data = base64.b64decode(data, validate=True)

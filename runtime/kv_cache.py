@@ -4,7 +4,7 @@ The graphs write at an index and attend to the first `length` entries; everythin
 RoPE is applied before caching, so entries may be stored, dropped and put back anywhere.
 
 Legend: layers, 2 = keys and values, B guidance rows, kv heads, capacity entries, hd head size.
-Source: spec/world_model.md 3.3, 6.1, 9.2; design note "KV cache bookkeeping stays on the host".
+Source: spec/world_model.md 3.3, 6.1, 9.2.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A policy that keeps the session rules and answers zero motion: what is left is the cost of the protocol.
 
-`worldvln-edge` measures its servers with it, and tests fly it; it follows readiness rules D and F exactly.
+It shows what a server costs without a model, and tests fly it; it follows readiness rules D and F exactly.
 Source: spec/session_protocol.md 1, 2.6.
 """
 

@@ -9,6 +9,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 
+class TokenizerError(ValueError):
+    """A `tokenizer.json` that cannot be used."""
+
+
 class PromptTokenizer:
     """Wraps a `tokenizers` file; truncates to the model's text length, end-of-text token included."""
 
@@ -19,13 +23,13 @@ class PromptTokenizer:
 
     @classmethod
     def load(cls, path: Path, max_tokens: int) -> "PromptTokenizer":
-        """Read `tokenizer.json`. Raises ValueError for a file that is not a tokenizer."""
+        """Read `tokenizer.json`. Raises TokenizerError for a file that is not a tokenizer."""
         try:
             tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise
         except Exception as error:  # the library raises bare Exception for a broken file
-            raise ValueError(f"{path}: not a tokenizer file ({error}); export the bundle again") from error
+            raise TokenizerError(f"{path}: not a tokenizer file ({error}); export the bundle again") from error
         return cls(tokenizer, max_tokens)
 
     def encode(self, prompt: str) -> np.ndarray:

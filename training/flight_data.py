@@ -24,7 +24,7 @@ class FlightSet:
 
     frames: np.ndarray  # uint8 [N, F, H, W, 3]
     deltas: np.ndarray  # float32 [N, F-1, 6], labels in rad and m
-    poses: np.ndarray  # float64 [N, F, 6], cm and deg
+    poses: np.ndarray  # float32 [N, F, 6], cm and deg
     instructions: tuple[str, ...]
     kinds: tuple[str, ...]
 

@@ -135,7 +135,7 @@ def _parse_manifest(path: Path) -> Manifest:
     data = path.read_bytes()
     try:
         schema = msgspec.json.decode(data, type=dict).get("schema")
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise BundleError(f"{path}: not JSON ({error}); export the bundle again") from error
     if schema != SCHEMA:
         raise BundleError(f"{path}: schema {schema} found, this version reads {SCHEMA}; export the bundle again")

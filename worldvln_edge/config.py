@@ -76,6 +76,9 @@ class WorldModelConfig(msgspec.Struct, **_FROZEN):
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            if name not in ("qkvo_bias", "norm_eps") and getattr(self, name) < 1:
+                raise ConfigError(f"world_model.{name} must be >= 1, found {getattr(self, name)}")
         if self.width % self.heads or self.heads % self.kv_heads or self.depth % self.block_chunks:
             raise ConfigError(
                 "world_model: width must divide by heads, heads by kv_heads and depth by block_chunks; found "
@@ -220,6 +223,10 @@ class GenerationConfig(msgspec.Struct, **_FROZEN):
     apg_norm_threshold: float = 0.05
     apg_eta: float = 0.0
 
+    def __post_init__(self) -> None:
+        if min(self.tau_image, self.tau_video) <= 0:
+            raise ConfigError(f"generation: tau must be > 0, found {self.tau_image} and {self.tau_video}")
+
 
 class HorizonConfig(msgspec.Struct, **_FROZEN):
     """Frames of one horizon and of one segment (spec/session_protocol.md 1)."""
@@ -227,6 +234,10 @@ class HorizonConfig(msgspec.Struct, **_FROZEN):
     num_frames: int = 49
     step: int = 16
     fps: int = 16
+
+    def __post_init__(self) -> None:
+        if self.fps < 1:
+            raise ConfigError(f"horizon.fps must be >= 1, found {self.fps}")
 
     @property
     def points(self) -> tuple[int, ...]:
@@ -302,7 +313,7 @@ def parse_model_config(data: bytes, source: str) -> ModelConfig:
     """
     try:
         return msgspec.json.decode(data, type=ModelConfig)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source}: not a model config: {error}") from error
 
 

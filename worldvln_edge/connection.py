@@ -9,6 +9,7 @@ import itertools
 import time
 from contextlib import ExitStack
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
@@ -57,6 +58,13 @@ class ServerError(RuntimeError):
         self.expected = None if error.expected is UNSET else error.expected
         self.frames = None if error.frames is UNSET else error.frames
         self.error_id = None if error.error_id is UNSET else error.error_id
+
+
+class ServerAddressError(ValueError):
+    """What was given as a server is no address."""
+
+    def __init__(self, url: str):
+        super().__init__(f"{url} is no WebSocket address; give ws://host:port or wss://host:port")
 
 
 class ServerUnreachableError(ConnectionError):
@@ -190,12 +198,21 @@ def _refusal(url: str, status: int) -> ServerError | ServerUnreachableError:
 
 
 def session_url(url: str) -> str:
-    """`host:port`, `http://...` or `ws://...` as the WebSocket address of the native protocol."""
+    """`host:port`, `http://...` or `ws://...` as the WebSocket address of the native protocol.
+
+    Raises:
+        ServerAddressError: no such address.
+    """
     if "://" not in url:
         url = "ws://" + url
     scheme, _, rest = url.partition("://")
     scheme = {"http": "ws", "https": "wss"}.get(scheme.lower(), scheme.lower())
     if scheme not in ("ws", "wss"):
-        raise ValueError(f"{url} is no WebSocket address; give ws://host:port or wss://host:port")
+        raise ServerAddressError(url)
+    try:
+        if not urlsplit(url).hostname or urlsplit(url).port == 0:
+            raise ServerAddressError(url)
+    except ValueError as error:
+        raise ServerAddressError(url) from error
     host, slash, path = rest.partition("/")
     return f"{scheme}://{host}{slash}{path}" if path else f"{scheme}://{host}{WEBSOCKET_PATH}"

@@ -57,6 +57,13 @@ class ImageLimits:
     max_bytes: int = 8 * 2**20
     max_pixels: int = 16_000_000
     max_side: int = 8192
+    max_aspect: int = 32
+    """Longer over shorter side. The network's input covers its target, so a strip of one row would be blown up."""
+
+    def check_aspect(self, width: int, height: int) -> None:
+        """Raise ImageError `too_large` for a strip."""
+        if max(width, height) > self.max_aspect * min(width, height):
+            raise ImageError(f"image of {width}x{height} is narrower than 1:{self.max_aspect}", "too_large")
 
 
 def decode_image_string(text: str, limits: ImageLimits | None = None) -> np.ndarray:
@@ -105,6 +112,7 @@ def decode_image(data: bytes, limits: ImageLimits | None = None) -> np.ndarray:
         raise ImageError(
             f"image side is {max(header.width, header.height)} pixels, limit {limits.max_side}", "too_large"
         )
+    limits.check_aspect(header.width, header.height)
     try:
         return _decode(data, header)
     except _DECODER_ERRORS as error:

@@ -45,7 +45,8 @@ _ANSWER_DECODERS: dict[Encoding, Any] = {
 _ENCODERS: dict[Encoding, Any] = {"msgpack": msgspec.msgpack.Encoder(), "json": msgspec.json.Encoder()}
 # DecodeError and UnicodeDecodeError are ValueErrors; RecursionError is how msgspec refuses absurd nesting.
 _MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-_JSON_STRING_OR_BRACKET = regex.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', regex.DOTALL)
+# A string that never ends reaches to the end of the data, or every quote in it would be tried as a start.
+_JSON_STRING_OR_BRACKET = regex.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|[\[\]{}]', regex.DOTALL)
 
 
 def encode(message: Request | Answer, encoding: Encoding) -> bytes:

@@ -118,3 +118,19 @@ def test_text_that_is_no_json_is_refused():
 def test_configs_cannot_be_changed():
     with pytest.raises(AttributeError):
         nano().horizon.step = 4
+
+
+@pytest.mark.parametrize(
+    ("part", "field"),
+    [("world_model", "heads"), ("world_model", "block_chunks"), ("horizon", "fps"), ("generation", "tau_video")],
+)
+def test_zero_sizes_are_refused_with_their_name(part: str, field: str):
+    content = json.loads(preset("nano").to_json())
+    content[part][field] = 0
+    with pytest.raises(ConfigError, match=field.split("_")[0]):
+        parse_model_config(json.dumps(content).encode(), "config.json")
+
+
+def test_config_that_is_no_text_is_refused():
+    with pytest.raises(ConfigError, match="not a model config"):
+        parse_model_config(b'{"name": "\xff"}', "config.json")

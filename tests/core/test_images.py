@@ -217,3 +217,12 @@ def test_real_frames_round_half_to_even_and_predicted_frames_truncate():
 def test_every_grey_level_survives_the_way_to_the_network_and_back(level):
     image = np.full((4, 4, 3), level, np.uint8)
     assert (real_to_uint8(transform(image, (4, 4))) == level).all()
+
+
+@pytest.mark.parametrize("size", [(4000, 1), (1, 4000), (330, 10)])
+def test_a_strip_is_refused_before_it_is_blown_up(size):
+    data = io.BytesIO()
+    Image.new("RGB", size).save(data, "PNG")
+    with pytest.raises(ImageError, match="narrower than 1:32") as refusal:
+        decode_image(data.getvalue())
+    assert refusal.value.code == "too_large"

@@ -14,6 +14,7 @@ from small_models import save_random_checkpoint, tiny_config
 from worldvln_edge.bundle import Bundle, file_entry, write_manifest
 from worldvln_edge.cli import main
 from worldvln_edge.export.verify import VerifyError, made_up_flight, verify_bundle
+from worldvln_edge.images import transform
 
 STAGES = [
     "text_encoder",
@@ -130,3 +131,12 @@ def test_frames_that_are_no_array_are_refused(tiny_bundle: Path, tiny_checkpoint
     )
     assert result.exit_code == 2
     assert "no .npy array" in result.output
+
+
+def test_flight_that_treats_its_frames_differently_is_found(
+    tiny_bundle: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from worldvln_edge.runtime import worldvln_policy
+
+    monkeypatch.setattr(worldvln_policy, "transform", lambda frame, hw: -transform(frame, hw)[:, :, ::-1])
+    assert failed_stages(tiny_bundle, tiny_checkpoint) == ["flight"]

@@ -9,7 +9,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from worldvln_edge.client import AnswerTimeoutError, ServerError, ServerUnreachableError, SessionClient
-from worldvln_edge.connection import session_url
+from worldvln_edge.connection import ServerAddressError, session_url
 from worldvln_edge.protocol import WEBSOCKET_SUBPROTOCOL, Limits, ProtocolError
 from worldvln_edge.runtime.access import AccessRule, KeyFileError, read_key_file
 from worldvln_edge.runtime.null_policy import NullPolicy
@@ -212,6 +212,9 @@ def test_session_url(given, url):
     assert session_url(given) == url
 
 
-def test_foreign_scheme_is_refused():
-    with pytest.raises(ValueError, match="no WebSocket address"):
-        session_url("ftp://drone")
+@pytest.mark.parametrize(
+    "address", ["ftp://drone", "ws://drone:99999", "ws://drone:abc", "ws://[::1", "ws://", ":8001"]
+)
+def test_what_is_no_address_is_refused(address: str):
+    with pytest.raises(ServerAddressError, match="no WebSocket address"):
+        session_url(address)

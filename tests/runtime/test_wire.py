@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import msgspec
 import pytest
@@ -154,3 +155,17 @@ def test_answers_with_unknown_keys_are_understood():
         {"t": "pong", "re": 1, "t_ns": 1, "server_ns": 2, "sessions": 0, "queue": 0, "ready": True, "x": 1}
     )
     assert decode_answer(data.encode(), "json").server_ns == 2
+
+
+def test_an_endless_string_costs_linear_time():
+    """Every quote of an unterminated string was once tried as a start: quadratic, minutes for 200 KB."""
+
+    def seconds(quotes: int) -> float:
+        data = b"[]" * 40 + b'"' + b'\\"' * quotes
+        start = time.perf_counter()
+        with pytest.raises(ProtocolError):
+            decode_request(data, "json", Limits())
+        return time.perf_counter() - start
+
+    seconds(1000)
+    assert seconds(100_000) < 1.0  # quadratic time takes minutes for it
