@@ -78,10 +78,6 @@ BOUNDS = {
         observed_bits=0.999,
     )
 }
-    "fp32": Bounds(
-        max_abs=1e-3, relative_rms=1e-4, action_cm=1e-2, action_deg=1e-2, quantiser_bits=1.0 - 1e-5, observed_bits=0.999
-    )
-}
 
 
 @dataclass
