@@ -162,7 +162,7 @@ class SessionServer(uvicorn.Server):
 
     @property
     def bound_port(self) -> int:
-        """Port listened on; 0 until `started` is True."""
+        """Port listened on; 0 until it is known, just after `started` turns True."""
         return self._bound_port
 
     @property
@@ -272,7 +272,8 @@ class BackgroundServer:
 
     def __enter__(self) -> BackgroundServer:
         self._thread.start()
-        while not self.server.started:
+        # Not `started`: that turns true in the server's thread a moment before the port is known.
+        while not self.server.bound_port:
             self._thread.join(0.005)
             if not self._thread.is_alive():
                 raise self._failure or RuntimeError("the server's thread ended before it was ready")
