@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import msgspec
+
 from worldvln_edge import __version__
 from worldvln_edge.poses import ACTION_ORDER, ACTION_UNITS
 from worldvln_edge.protocol import (
@@ -34,7 +36,7 @@ from worldvln_edge.protocol import (
     Welcome,
 )
 from worldvln_edge.runtime.device_queue import Ticket
-from worldvln_edge.runtime.session_manager import SessionManager
+from worldvln_edge.runtime.session_manager import SessionManager, new_session_name
 from worldvln_edge.wire import decode_request
 
 _LARGE_BYTES = 256 * 1024  # messages above this are parsed on a thread: the event loop must go on answering
@@ -144,17 +146,19 @@ class NativeConnection:
             raise ProtocolError("busy", f"{allowed} requests of this connection are unanswered; wait for one")
         ticket = Ticket()
         work: Coroutine[Any, Any, Answer]
+        # Named here and not when its turn comes, so that `cancel` can say which session it was.
+        session = new_session_name() if request.session is None else request.session
         if isinstance(request, Start):
+            request = msgspec.structs.replace(request, session=session)
             work = self._manager.start(self._peer, request, ticket=ticket, notify=self.say_bye)
         elif isinstance(request, Observe):
             work = self._manager.observe(self._peer, request, ticket=ticket, notify=self.say_bye, arrived_s=arrived_s)
         else:
-            work = self._manager.end(self._peer, request.session, request.id)
+            work = self._manager.end(self._peer, session, request.id)
         self._in_flight[request.id] = ticket
-        if request.session is not None:
-            self._session_of[request.id] = request.session
-            while len(self._session_of) > _REMEMBERED_REQUESTS:
-                del self._session_of[next(iter(self._session_of))]
+        self._session_of[request.id] = session
+        while len(self._session_of) > _REMEMBERED_REQUESTS:
+            del self._session_of[next(iter(self._session_of))]
         # Tasks begin in the order of their creation, so a session's requests take their turns in order of arrival.
         task = asyncio.get_running_loop().create_task(self._finish(request.id, work, encoding))
         self._tasks.add(task)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from worldvln_edge.config import HorizonConfig
+from worldvln_edge.images import check_rgb
 from worldvln_edge.runtime.policy import ActionChunk, Emit, PolicyInfo
 
 
@@ -58,8 +59,7 @@ class NullSession:
     def observe(self, frames: Sequence[np.ndarray]) -> ActionChunk | None:
         """See PolicySession.observe; the actions are zeros."""
         for frame in frames:
-            if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-                raise ValueError(f"a frame must be uint8 [H, W, 3], found {frame.dtype} {list(frame.shape)}")
+            check_rgb(frame)
         horizon = self._policy.info.horizon
         self.frames = min(self.frames + len(frames), horizon.num_frames)
         if self.done or self.need > 0:

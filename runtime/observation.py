@@ -39,7 +39,12 @@ def internal_error(error: Exception) -> ProtocolError:
     """Log the traceback under a random id; the client learns the id only."""
     error_id = secrets.token_hex(8)
     _log.error("internal error %s", error_id, exc_info=error)
-    return ProtocolError("internal", f"the request failed; the server's log has error {error_id}", error_id=error_id)
+    return ProtocolError(
+        "internal",
+        f"the request failed; send it once more, and start a new session if it fails again (the server's log has error "
+        f"{error_id})",
+        error_id=error_id,
+    )
 
 
 async def on_device(

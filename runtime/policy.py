@@ -66,6 +66,8 @@ class PolicySession(Protocol):
         Raises:
             ValueError: a frame is not uint8 [H, W, 3].
             NonFiniteActionsError: the model gave NaN; the frames are kept and the segment stays unemitted.
+            Exception: whatever an engine raises. The session stays usable: `frames` tells whether the new frames were
+                taken, the segment stays unemitted, and the next call goes on from there.
         """
         ...
 

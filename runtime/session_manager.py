@@ -19,10 +19,15 @@ from contextlib import asynccontextmanager
 from worldvln_edge.protocol import Actions, Bye, Limits, Observe, ProtocolError, SessionState, Start
 from worldvln_edge.runtime.device_queue import DeviceQueue, Ticket
 from worldvln_edge.runtime.observation import PATIENCE_S, ObservationRunner, internal_error, on_device
-from worldvln_edge.runtime.policy import Policy
+from worldvln_edge.runtime.policy import Policy, PolicySession
 from worldvln_edge.runtime.session_table import LiveSession, SessionTable
 
 _log = logging.getLogger(__name__)
+
+
+def new_session_name() -> str:
+    """Name of a session that its client did not name: 128 random bits (7.2)."""
+    return secrets.token_hex(16)
 
 
 class SessionManager:
@@ -71,7 +76,7 @@ class SessionManager:
     async def start(
         self, peer: str, request: Start, *, ticket: Ticket | None = None, notify: Callable[[Bye], None] | None = None
     ) -> SessionState:
-        """Open, replace or resume a session.
+        """Open, replace or resume a session. A start that is refused or cancelled changes nothing.
 
         Args:
             peer: whose name space: the sessions of other peers do not exist for this one.
@@ -83,14 +88,14 @@ class SessionManager:
             ProtocolError: `unknown_session` (resume), `busy`, `overloaded`, `cancelled`, `internal`.
         """
         ticket = ticket or Ticket()
-        key = (peer, request.session if request.session is not None else secrets.token_hex(16))
+        key = (peer, request.session if request.session is not None else new_session_name())
         async with self._admission(), self._table.turn(key):
+            if ticket.is_cancelled:
+                raise ProtocolError("cancelled", "cancelled before the session was started")
             if request.resume:
                 session = self._table.get(key)
                 session.notify = notify
                 return session.state(request.id)
-            if ticket.is_cancelled:
-                raise ProtocolError("cancelled", "cancelled before the session was started")
             prompt = request.prompt or ""
             with self._table.reserve(key):
                 policy_session = await on_device(
@@ -101,6 +106,9 @@ class SessionManager:
                     ticket=ticket,
                     priority=self._now() + PATIENCE_S,
                 )
+                if ticket.is_cancelled:
+                    self._close_later(policy_session)
+                    raise ProtocolError("cancelled", "cancelled; no session was started")
                 session = LiveSession(
                     key=key,
                     policy_session=policy_session,
@@ -209,11 +217,14 @@ class SessionManager:
                 self._idle.set()
 
     def _free(self, session: LiveSession) -> None:
+        session.waiting_frames.clear()
+        self._close_later(session.policy_session)
+
+    def _close_later(self, session: PolicySession) -> None:
         def close() -> None:
             try:
-                session.policy_session.close()
+                session.close()
             except (RuntimeError, ValueError, OSError) as error:
                 _log.warning("a session's buffers could not be freed", exc_info=error)
 
-        session.waiting_frames.clear()
         self._device.submit_background(close)

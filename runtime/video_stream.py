@@ -17,14 +17,16 @@ State = dict[str, np.ndarray] | None
 """`state_i` -> array; None before the first frame."""
 
 
-def _run_part(engines: Mapping[str, Engine], stem: str, inputs: dict[str, np.ndarray], state: State, result: str):
+def _run_part(
+    engines: Mapping[str, Engine], stem: str, inputs: dict[str, np.ndarray], state: State, result: str
+) -> tuple[np.ndarray, State]:
     outputs = engines[first_or_next(stem, state is None)].run({**inputs, **(state or {})})
     value = outputs.pop(result)
     return value, {name.removeprefix("next_"): array for name, array in outputs.items()}
 
 
 class FrameEncoder:
-    """Preprocessed frames of one flight to raw latents, each frame once."""
+    """Preprocessed frames of one flight to raw latents, each frame once. A call that fails changes nothing."""
 
     def __init__(self, engines: Mapping[str, Engine], temporal_stride: int):
         self._engines = engines
@@ -42,25 +44,34 @@ class FrameEncoder:
         Returns:
             New latents, float32 [D, H, W] each, in order; frames of an unfinished group wait for the next call.
         """
-        self._waiting.extend(frames)
+        waiting, state = [*self._waiting, *frames], self._state
         latents: list[np.ndarray] = []
-        if self._state is None and self._waiting:
-            latents += self._encode(self._waiting[:1])
-        whole = len(self._waiting) // self._stride * self._stride
+        encoded = 0
+        if state is None and waiting:
+            new, state = self._encode(waiting[:1], state)
+            latents += new
+            encoded = 1
+        whole = (len(waiting) - encoded) // self._stride * self._stride
         if whole:
-            latents += self._encode(self._waiting[:whole])
+            new, state = self._encode(waiting[encoded : encoded + whole], state)
+            latents += new
+            encoded += whole
+        # Last, because an engine may have failed above: the same frames may then be pushed again.
+        self._waiting, self._state = waiting[encoded:], state
+        self.frames_encoded += encoded
         return latents
 
-    def _encode(self, frames: list[np.ndarray]) -> list[np.ndarray]:
+    def _encode(self, frames: list[np.ndarray], state: State) -> tuple[list[np.ndarray], State]:
         video = np.stack(frames, axis=1)[None]
-        latents, self._state = _run_part(self._engines, VAE_ENCODER, {"frames": video}, self._state, "latents")
-        del self._waiting[: len(frames)]
-        self.frames_encoded += len(frames)
-        return list(latents[0].transpose(1, 0, 2, 3))
+        latents, state = _run_part(self._engines, VAE_ENCODER, {"frames": video}, state, "latents")
+        return list(latents[0].transpose(1, 0, 2, 3)), state
 
 
 class FeatureDecoder:
-    """Sums of codes to the features of the last up block; predictions branch off without being committed."""
+    """Sums of codes to the features of the last up block; predictions branch off without being committed.
+
+    A call that fails changes nothing.
+    """
 
     def __init__(self, engines: Mapping[str, Engine]):
         self._engines = engines
@@ -68,14 +79,27 @@ class FeatureDecoder:
         self._pixel_state: State = None
         self.latents_decoded = 0
 
+    def decode(self, codes_DTHW: np.ndarray) -> tuple[np.ndarray, State]:
+        """Decode the codes that follow the committed ones: features float32 [1, Cf, F, h, w], and the state after them.
+
+        Nothing is committed until that state is given to `go_on_from`.
+        """
+        features, state = _run_part(self._engines, VAE_DECODER, {"codes": codes_DTHW[None]}, self._state, "features")
+        self.latents_decoded += codes_DTHW.shape[1]
+        return features, state
+
+    def go_on_from(self, state: State) -> None:
+        """Commit what `decode` returned that state for."""
+        self._state = state
+
     def commit(self, codes_DTHW: np.ndarray) -> np.ndarray:
         """Decode observed codes and go on from there: float32 [1, Cf, F, h, w]."""
-        features, self._state = self._decode(codes_DTHW, self._state)
+        features, self._state = self.decode(codes_DTHW)
         return features
 
     def peek(self, codes_DTHW: np.ndarray) -> np.ndarray:
         """Decode predicted codes from the committed state and forget them: float32 [1, Cf, F, h, w]."""
-        features, _ = self._decode(codes_DTHW, self._state)
+        features, _ = self.decode(codes_DTHW)
         return features
 
     def commit_pixels(self, features: np.ndarray, codes_DTHW: np.ndarray) -> np.ndarray:
@@ -89,7 +113,3 @@ class FeatureDecoder:
         inputs = {"features": features, "codes": codes_DTHW[None]}
         pixels, _ = _run_part(self._engines, VAE_PIXELS, inputs, self._pixel_state, "pixels")
         return pixels
-
-    def _decode(self, codes_DTHW: np.ndarray, state: State):
-        self.latents_decoded += codes_DTHW.shape[1]
-        return _run_part(self._engines, VAE_DECODER, {"codes": codes_DTHW[None]}, state, "features")

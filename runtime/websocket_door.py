@@ -28,6 +28,7 @@ class WebSocketDoor:
     def __init__(self, manager: SessionManager, access: AccessRule):
         self._manager, self._access = manager, access
         self._connections: dict[NativeConnection, Outbox] = {}
+        self._places_taken = 0
 
     async def serve(self, websocket: WebSocket) -> None:
         """One client, from the upgrade request to the close. A refused upgrade is answered with an HTTP status."""
@@ -35,12 +36,19 @@ class WebSocketDoor:
             peer = self._access.peer(websocket.headers)
             if not self._manager.is_ready:
                 raise ProtocolError("not_ready", "the server is shutting down")
-            if len(self._connections) >= self._manager.limits.max_connections:
+            if self._places_taken >= self._manager.limits.max_connections:
                 raise ProtocolError("overloaded", "the server has as many connections as it accepts")
         except ProtocolError as error:
             body = {"detail": error.msg, "code": error.code}
             await websocket.send_denial_response(JSONResponse(body, status_code=ERRORS[error.code].http or 400))
             return
+        self._places_taken += 1  # before anything is awaited: who connects in the meantime must find the place taken
+        try:
+            await self._serve_client(websocket, peer)
+        finally:
+            self._places_taken -= 1
+
+    async def _serve_client(self, websocket: WebSocket, peer: str) -> None:
         offered = websocket.scope.get("subprotocols", [])
         await websocket.accept(subprotocol=WEBSOCKET_SUBPROTOCOL if WEBSOCKET_SUBPROTOCOL in offered else None)
         outbox = Outbox(websocket, max_unsent_bytes=self._manager.limits.max_unsent_bytes)

@@ -89,7 +89,11 @@ class ScaleTables:
 
 
 class WorldModelDriver:
-    """Context and generation of one flight."""
+    """Context and generation of one flight.
+
+    A call that an engine failed in may be made again: engines write behind the visible part of the cache, and what
+    such a call kept before it failed is kept anew.
+    """
 
     def __init__(self, engines: Mapping[str, Engine], tables: ScaleTables, cache: KVCache):
         self._engines = engines
@@ -116,7 +120,10 @@ class WorldModelDriver:
         self._cache.clear()
 
     def observe(self, clip_index: int, observed: ObservedClip) -> None:
-        """Keys and values of the scales of an observed clip that later clips refer to."""
+        """Keys and values of the scales of an observed clip that later clips refer to.
+
+        Once it succeeded it may not be repeated: what no later clip refers to is dropped at its end.
+        """
         schedule = self._tables.schedule
         wanted = set(schedule.scales_referred_to(clip_index))
         for step, latents in zip(schedule.clips[clip_index].steps, observed.inputs, strict=True):
@@ -199,6 +206,7 @@ class WorldModelDriver:
         inputs["write_index"] = np.full(self._rows, start, np.int64)
         inputs["kv_length"] = np.full(self._rows, end, np.int64)
         buffers = self._cache.buffers.reshape(-1, *self._cache.buffers.shape[2:])
+        outputs = self._engines[graph].run(inputs, dict(zip(self._stems, buffers, strict=True)))
         self.token_steps += tokens
         self.calls += 1
-        return self._engines[graph].run(inputs, dict(zip(self._stems, buffers, strict=True)))
+        return outputs

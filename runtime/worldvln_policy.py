@@ -17,7 +17,7 @@ import numpy as np
 
 from worldvln_edge.action_windows import segment_actions
 from worldvln_edge.bundle import TOKENIZER_FILE, Bundle, Manifest
-from worldvln_edge.images import transform
+from worldvln_edge.images import check_rgb, transform
 from worldvln_edge.prompts import tagged_prompt
 from worldvln_edge.runtime import graphs
 from worldvln_edge.runtime.engine import Engine, OnnxEngine
@@ -79,12 +79,22 @@ class WorldVLNPolicy:
             kv_heads=model.kv_heads,
             capacity=self.manifest.kv_capacity,
             head_dim=model.head_dim,
-            dtype=np.dtype(np.float32),
+            dtype=self.input_dtype(graphs.WORLD_MODEL_STEP, "past_key_0"),
         )
+
+    def input_dtype(self, graph: str, name: str) -> np.dtype:
+        """Dtype of a graph's input, as the manifest says."""
+        specs = self.manifest.graphs[graph].inputs
+        return np.dtype(next(spec.dtype for spec in specs if spec.name == name))
 
 
 class WorldVLNSession:
-    """One flight: a prompt, its frames in order, and everything that was computed from them."""
+    """One flight: a prompt, its frames in order, and everything that was computed from them.
+
+    Whatever an engine raises leaves the flight as it was before that step: every step computes first and is taken
+    over when all of its engines have answered. `frames` tells whether the frames of the failed call were taken; the
+    next `observe` goes on from there.
+    """
 
     def __init__(self, policy: WorldVLNPolicy, prompt: str, *, seed: int, negative_prompt: str, emit: Emit):
         self._policy = policy
@@ -97,7 +107,8 @@ class WorldVLNSession:
         self._has_text = False
         self._latents: list[np.ndarray] = []  # of the clip that is being observed
         self._clips: list[ObservedClip] = []
-        self._context_tokens = np.zeros((0, *self._token_shape), np.float32)
+        tokens = policy.input_dtype(graphs.ACTION_HEAD, "tokens")
+        self._context_tokens = np.zeros((0, *self._token_shape), tokens)
         self._timings_ms: dict[str, float] = {}
         self.frames = 0
         self.emitted = -1
@@ -151,15 +162,14 @@ class WorldVLNSession:
         """See `PolicySession.observe`."""
         horizon = self._config.horizon
         for frame in frames:
-            if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-                found = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
-                raise ValueError(f"a frame must be a uint8 array [H, W, 3], found {found}; decode images first")
+            check_rgb(frame)
         # Frames behind the last segment's start are counted, not encoded: nothing that comes later could use them.
         useful = max(0, horizon.points[-2] - self.frames)
         with self._timed("preprocess"):
             ready = [transform(frame, self._config.image_hw) for frame in frames[:useful]]
         with self._timed("vae_encoder"):
-            self._latents += self._encoder.push(ready)
+            latents = self._encoder.push(ready)
+        self._latents += latents
         self.frames = min(horizon.num_frames, self.frames + len(frames))
         self._take_observed_clips()
         if self.done or self.need:
@@ -176,17 +186,18 @@ class WorldVLNSession:
                 return
             with self._timed("quantiser"):
                 observed = encode_clip(np.stack(self._latents[: clip.frames], 1), clip, self._config.world_model)
-            del self._latents[: clip.frames]
-            with self._timed("world_model_context"):
-                if self._has_text:
-                    self._driver.observe(clip.index, observed)
-            self._clips.append(observed)
             with self._timed("vae_decoder"):
-                features = self._decoder.commit(observed.codes)
+                features, decoder_state = self._decoder.decode(observed.codes)
             with self._timed("action_decoder"):
                 left = self._config.action_decoder.left_context
                 tokens = self._adapter(features[:, :, -left:])
-                self._context_tokens = np.concatenate([self._context_tokens, tokens])[-left:]
+            if self._has_text:  # the last engine call of the clip, because it cannot be repeated once it succeeded
+                with self._timed("world_model_context"):
+                    self._driver.observe(clip.index, observed)
+            del self._latents[: clip.frames]
+            self._clips.append(observed)
+            self._decoder.go_on_from(decoder_state)
+            self._context_tokens = np.concatenate([self._context_tokens, tokens])[-left:]
 
     def _emit_segment(self, segment: int) -> ActionChunk:
         points = self._config.horizon.points
@@ -208,11 +219,10 @@ class WorldVLNSession:
                 left_context=head.left_context,
                 window=head.latent_head.window,
             )
-        self.last_prediction = generated
         timings, self._timings_ms = self._timings_ms, {}
         if not np.isfinite(actions).all():
             raise NonFiniteActionsError(f"segment {segment}: the action decoder gave NaN or infinity")
-        self.emitted = segment
+        self.emitted, self.last_prediction = segment, generated
         return ActionChunk(
             segment=segment, actions=actions, observed_frames=self.frames, seed=self._seed, timings_ms=timings
         )
@@ -222,10 +232,10 @@ class WorldVLNSession:
             return
         with self._timed("text_encoder"):
             self._driver.set_text(self._policy.encode_text(self._prompt, self._negative_prompt))
-        self._has_text = True
         with self._timed("world_model_context"):
             for index, observed in enumerate(self._clips):
                 self._driver.observe(index, observed)
+        self._has_text = True
 
     def _generate(self, observed_frames: int, next_observed_frames: int) -> tuple[GeneratedClip, ...]:
         stride, schedule = self._config.video_vae.temporal_stride, self._policy.tables.schedule

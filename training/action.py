@@ -1,4 +1,4 @@
-"""Latent to action (`action`), and the RGB head: windows of frames to motions.
+"""Latent to action (`action`): windows of decoder features to motions.
 
 The latent head is trained on features of true latents and of predicted ones: in flight it only ever sees predicted
 ones behind the observed frames, and a head that never met them copies their errors.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from worldvln_edge.action_windows import LabelStats
 from worldvln_edge.config import ModelConfig
-from worldvln_edge.models.action_decoder import LatentActionHead, RgbActionHead
+from worldvln_edge.models.action_decoder import LatentActionHead
 from worldvln_edge.models.quantizer import encode_bits
 from worldvln_edge.models.text_encoder import TextEncoder
 from worldvln_edge.models.video_vae import VideoVAE
@@ -30,22 +30,27 @@ from worldvln_edge.training.prediction import predict_clip
 
 
 @dataclass(frozen=True, kw_only=True)
+class MotionWeights:
+    rotation: float = 1.0  # published: 0.05 -> 0.25; the small presets learn all columns alike
+    xy: float = 1.0
+    z: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ActionTrainingConfig:
     optimiser: OptimiserConfig = field(
-        default_factory=lambda: OptimiserConfig(learning_rate=1.5e-3, steps=2000, weight_decay=0.05)
+        default_factory=lambda: OptimiserConfig(learning_rate=1.5e-3, steps=4000, weight_decay=0.05)
     )
     windows: int = 64
     predicted_share: float = 0.6  # of the windows of a latent-head batch
-    weight_rotation: float = 1.0  # published: 0.05 -> 0.25; the small presets learn all columns alike
-    weight_xy: float = 1.0
-    weight_z: float = 1.0
+    weights: MotionWeights = field(default_factory=MotionWeights)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureCache:
     """Decoder features of flights, once from true latents and once from predicted ones."""
 
-    true_NCFhw: Tensor  # float16, F = num_frames
+    true_NCFhw: Tensor  # float16, CPU, F = num_frames
     predicted_NCFhw: Tensor  # float16, F = num_frames - 1: frames 2..num_frames, each clip predicted from real ones
 
 
@@ -74,7 +79,7 @@ def cache_features(
     true_parts, predicted_parts = [], []
     for first in range(0, len(latents_NCTHW), batch):
         rows = torch.arange(first, min(first + batch, len(latents_NCTHW)))
-        latents = latents_NCTHW[rows]
+        latents = latents_NCTHW[rows].to(next(vae.parameters()).device)
         features, lengths = text.features(text_encoder, rows)
         generator = step_generator(seed, first)
         state, true_clips, predicted_clips = None, [], []
@@ -83,22 +88,22 @@ def cache_features(
             if clip.index > 0:
                 sampled = predict_clip(model, config, schedule, clip.index, latents, features, lengths, generator)
                 peeked, _ = vae.decode_features(sampled, state)
-                predicted_clips.append(peeked.half())
+                predicted_clips.append(peeked.half().cpu())
             committed, state = vae.decode_features(codes[:, :, clip.frame_slice], state)
-            true_clips.append(committed.half())
+            true_clips.append(committed.half().cpu())
         true_parts.append(torch.cat(true_clips, 2))
         predicted_parts.append(torch.cat(predicted_clips, 2))
         assert true_parts[-1].shape[2] == 1 + (latents.shape[2] - 1) * stride
     return FeatureCache(true_NCFhw=torch.cat(true_parts), predicted_NCFhw=torch.cat(predicted_parts))
 
 
-def motion_loss(predicted_M36: Tensor, target_M36: Tensor, training: ActionTrainingConfig) -> Tensor:
+def motion_loss(predicted_M36: Tensor, target_M36: Tensor, weights: MotionWeights) -> Tensor:
     """Weighted mean squared error of normalised deltas (spec/training.md 4.3)."""
     squared = (predicted_M36 - target_M36) ** 2
     return (
-        training.weight_rotation * squared[..., :3].mean()
-        + training.weight_xy * squared[..., 3:5].mean()
-        + training.weight_z * squared[..., 5].mean()
+        weights.rotation * squared[..., :3].mean()
+        + weights.xy * squared[..., 3:5].mean()
+        + weights.z * squared[..., 5].mean()
     )
 
 
@@ -121,6 +126,7 @@ def train_latent_head(
     """Train adapter and TimesFormer in place on random windows."""
     window, step_frames, left = head.config.latent_head.window, config.horizon.step, head.config.left_context
     labels = normalised_deltas(flights, stats)
+    device = next(head.parameters()).device
     flights_count, frames_count = cache.true_NCFhw.shape[0], cache.true_NCFhw.shape[2]
     head.train()
 
@@ -146,47 +152,14 @@ def train_latent_head(
         ).float()
         frames = torch.where(is_predicted[:, None], mixed_frames, frames)
         source = torch.where(is_predicted[:, None, None, None, None], mixed, source)
-        target = labels[rows[:, None], frames[:, :-1]]
+        source, target = source.to(device), labels[rows[:, None], frames[:, :-1]].to(device)
         tokens = head.tokens(source.transpose(1, 2)).unflatten(0, (training.windows, window))
         predicted = head.tsformer(tokens).unflatten(-1, (window - 1, 6))
-        losses = {"loss": motion_loss(predicted, target, training)}
+        losses = {"loss": motion_loss(predicted, target, training.weights)}
         for name, chosen in (("true", ~is_predicted), ("predicted", is_predicted)):
             if chosen.any():
-                losses[f"mse_{name}"] = ((predicted - target)[chosen] ** 2)[..., [0, 3, 4, 5]].mean()
+                losses[f"mse_{name}"] = ((predicted - target)[chosen.to(device)] ** 2)[..., [0, 3, 4, 5]].mean()
         return losses
 
     optimise("action", head.parameters(), training.optimiser, losses_of_step, curve_file)
-    head.eval()
-
-
-def train_rgb_head(
-    head: RgbActionHead,
-    flights: FlightSet,
-    stats: LabelStats,
-    training: ActionTrainingConfig,
-    curve_file: Path,
-    *,
-    seed: int,
-) -> None:
-    """Train the RGB head in place on windows of real frames."""
-    window = head.config.rgb_head.window
-    labels = normalised_deltas(flights, stats)
-    frames_count = flights.frames.shape[1]
-    mean = torch.tensor(head.config.rgb_mean)[:, None, None]
-    std = torch.tensor(head.config.rgb_std)[:, None, None]
-    head.train()
-
-    def losses_of_step(step: int) -> Losses:
-        generator = step_generator(seed, step)
-        rows = torch.randint(len(flights), (training.windows,), generator=generator)
-        starts = torch.randint(frames_count - window + 1, (training.windows,), generator=generator)
-        frames = starts[:, None] + torch.arange(window)
-        pixels = torch.from_numpy(flights.frames[rows[:, None].numpy(), frames.numpy()])
-        images = (pixels.permute(0, 1, 4, 2, 3).float() / 255 - mean) / std
-        tokens = head.tokens(images.flatten(0, 1)).unflatten(0, (training.windows, window))
-        predicted = head.tsformer(tokens).unflatten(-1, (window - 1, 6))
-        target = labels[rows[:, None], frames[:, :-1]]
-        return {"loss": motion_loss(predicted, target, training)}
-
-    optimise("rgb_head", head.parameters(), training.optimiser, losses_of_step, curve_file)
     head.eval()

@@ -46,11 +46,12 @@ class TextBatch:
         self._ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
 
     def features(self, encoder: TextEncoder, rows: Tensor) -> tuple[Tensor, list[int]]:
-        """Features [B, X, Ct] of some rows and the length of each."""
+        """Features [B, X, Ct] of some rows, on the encoder's device, and the length of each."""
+        device = next(encoder.parameters()).device
         lengths = self.lengths[rows]
         longest = int(lengths.max())
         mask = torch.arange(longest) < lengths[:, None]
-        return encoder(self._ids[rows, :longest], mask.long()), lengths.tolist()
+        return encoder(self._ids[rows, :longest].to(device), mask.long().to(device)), lengths.tolist()
 
 
 def drop_conditions(features_BXt: Tensor, cfg_uncond: Tensor, dropped_B: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ def visual_hidden(
             ropes[key] = training_rope(schedule, row, text_BXt.shape[1], length, model.config, keys)
     rope = next(iter(ropes.values())) if len(ropes) == 1 else torch.stack([ropes[tuple(r)] for r in ids_BS.tolist()])
     mask = training_mask(schedule, text_lengths, length, keys)
-    return model.forward_training(latents, text_BXt, rope, mask)
+    return model.forward_training(latents, text_BXt, rope.to(latents.device), mask.to(latents.device))
 
 
 def scale_weight(tokens: int, last_tokens: int, reweight: float, limit: float) -> float:
@@ -95,26 +96,39 @@ def train_backbone(
     *,
     seed: int,
 ) -> None:
-    """Train text encoder and world model in place on cached latents."""
+    """Train text encoder and world model in place, on their device, on cached latents.
+
+    Args:
+        text_encoder, model: both on one device.
+        config: schedule and bits.
+        latents_NCTHW: float32 raw VAE features of whole flights, on the CPU; batches move to the device.
+        text: instructions of the same flights.
+        training: hyper-parameters.
+        curve_file: JSON-lines file that the loss curve is appended to.
+        seed: of all draws.
+
+    Raises:
+        TrainingDivergedError: losses that are not finite.
+    """
     schedule = ScaleSchedule(config.schedule, latents_NCTHW.shape[2])
     last_tokens = schedule.last_step(len(schedule.clips) - 1, config.schedule.scales_per_clip - 1).tokens
     keys = all_scales(schedule)
+    device = next(model.parameters()).device
     text_encoder.train()
     model.train()
 
     def losses_of_step(step: int) -> Losses:
         generator = step_generator(seed, step)
         rows = torch.randint(len(latents_NCTHW), (training.batch,), generator=generator)
+        latents = latents_NCTHW[rows].to(device)
         corruption = SelfCorrection(schedule, training.flip_strength, generator)
         scales = [
             scale
             for clip in schedule.clips
-            for scale in encode_for_training(
-                latents_NCTHW[rows][:, :, clip.frame_slice], clip, config.world_model, corruption
-            )
+            for scale in encode_for_training(latents[:, :, clip.frame_slice], clip, config.world_model, corruption)
         ]
         features, lengths = text.features(text_encoder, rows)
-        dropped = torch.rand(training.batch, generator=generator) < training.condition_drop
+        dropped = (torch.rand(training.batch, generator=generator) < training.condition_drop).to(device)
         hidden = visual_hidden(model, schedule, scales, drop_conditions(features, model.cfg_uncond, dropped), lengths)
         total, weights, start = hidden.new_zeros(()), 0.0, 0
         measured: dict[str, list[Tensor]] = {}

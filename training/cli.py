@@ -135,7 +135,9 @@ def eval_command(
 
 
 @click.command("train")
-@click.option("--preset", "preset_name", default="nano", show_default=True, help="nano (CPU) or mini (GPU).")
+@click.option(
+    "--preset", "preset_name", default="nano", show_default=True, help="nano (CPU) or mini (GPU, --device cuda)."
+)
 @click.option("--data", type=_FOLDER, required=True, help="Shards that `worldvln-edge sim flights` wrote.")
 @click.option("--out", type=_FOLDER, required=True, help="Checkpoint folder to write.")
 @click.option("--work", type=_FOLDER, required=True, help="Finished stages; a stopped run goes on from here.")
@@ -148,20 +150,28 @@ def eval_command(
     show_default=True,
     help="Multiplies the steps of every stage; small numbers rehearse.",
 )
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to train.")
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="CPU threads.")
 def train_command(
-    preset_name: str, data: Path, out: Path, work: Path, seed: int, limit: int | None, share: float, threads: int
+    preset_name: str,
+    data: Path,
+    out: Path,
+    work: Path,
+    seed: int,
+    limit: int | None,
+    share: float,
+    device: Literal["cpu", "cuda"],
+    threads: int,
 ) -> None:
     """Train VAE, world model and action heads, one after the other, and write a checkpoint.
 
     Example: worldvln-edge train --data runs/flights/train --out runs/nano --work runs/nano-work
     """
     from worldvln_edge.presets import preset
-    from worldvln_edge.training.sim.shards import FlightDataError
+    from worldvln_edge.training.sim.shards import list_shards
 
     config = preset(preset_name)
-    if not any(data.glob("*.npz")):  # before torch loads, which takes seconds
-        raise FlightDataError(f"{data} holds no flight shards (*.npz); make some with `worldvln-edge sim flights`")
+    list_shards(data)  # a wrong folder is refused before torch loads, which takes seconds
 
     import torch
 
@@ -169,7 +179,7 @@ def train_command(
 
     torch.set_num_threads(threads)
     recipe = Recipe() if share == 1.0 else Recipe().scaled(share)
-    train_model(config, data, work, out, seed=seed, recipe=recipe, limit=limit)
+    train_model(config, data, work, out, seed=seed, recipe=recipe, limit=limit, device=device)
     click.echo(f"{out}: checkpoint of {preset_name}, loss curve in {out / 'loss_curve.jsonl'}")
 
 

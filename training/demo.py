@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from worldvln_edge import __version__
-from worldvln_edge.bundle import Bundle, BundleError, file_entry
+from worldvln_edge.bundle import Bundle
 from worldvln_edge.tasks import Task
+from worldvln_edge.training.bundle_source import ensure_bundle
 from worldvln_edge.training.flight_run import FlightRun, FlightRunConfig, fly_tasks
 from worldvln_edge.training.sim.instructions import TASK_KINDS
 from worldvln_edge.training.sim.tasks import generate_task
@@ -54,13 +54,14 @@ def run_demo(checkpoint: Path, out: Path, *, tasks: int, seed: int = 0, with_vid
 
     Args:
         checkpoint: folder.
-        out: folder; a bundle there that was made from the same checkpoint by this version is used again.
+        out: folder; a bundle there that was made from the same checkpoint by the same exporter is used again.
         tasks: how many held-out tasks to fly; the first 18 are all of different kinds and scenes.
         seed: of the policy's draws.
         with_video: render the camera videos.
 
     Raises:
-        DemoError: export or server failed.
+        DemoError: no checkpoint there, or the server failed.
+        ExportFailedError: the export failed.
         BundleError: the exported bundle does not open.
         Everything that `fly_tasks` raises.
     """
@@ -71,8 +72,7 @@ def run_demo(checkpoint: Path, out: Path, *, tasks: int, seed: int = 0, with_vid
         raise DemoError(
             f"{checkpoint} is no checkpoint: {_TENSOR_FILE} is missing; train one with `worldvln-edge train`"
         )
-    if not _is_current(bundle_folder, file_entry(tensors).sha256):
-        export_bundle(checkpoint, bundle_folder)
+    ensure_bundle(checkpoint, bundle_folder)
     bundle = Bundle.open(bundle_folder)
     flown = demo_tasks(tasks)
     with serve_bundle(bundle_folder, out / "server.log") as server:
@@ -107,18 +107,6 @@ def packaged_checkpoint() -> Iterator[Path]:
                 f"this installation holds no packaged checkpoint {PACKAGED_CHECKPOINT!r}; give one: --checkpoint DIR"
             )
         yield folder
-
-
-def export_bundle(checkpoint: Path, bundle: Path) -> None:
-    """`worldvln-edge export` as a process of its own; its progress is shown on stderr.
-
-    Raises:
-        DemoError: it failed.
-    """
-    command = [*_COMMAND, "export", "--checkpoint", str(checkpoint), "--out", str(bundle)]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-    if done.returncode != 0:
-        raise DemoError(f"the export of {checkpoint} ended with status {done.returncode}; the reason stands above")
 
 
 @contextmanager
@@ -163,12 +151,3 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
         if time.monotonic() > give_up_s:
             raise DemoError(f"the server was not ready within {_READY_TIMEOUT_S:.0f} s; see {log}")
         time.sleep(0.05)
-
-
-def _is_current(bundle: Path, checkpoint_sha256: str) -> bool:
-    """Whether a whole bundle of this checkpoint and of this version lies there."""
-    try:
-        manifest = Bundle.open(bundle).manifest
-    except BundleError:
-        return False
-    return manifest.checkpoint_sha256 == checkpoint_sha256 and manifest.created_by == f"worldvln-edge {__version__}"

@@ -15,7 +15,7 @@ from worldvln_edge.action_windows import LabelStats
 from worldvln_edge.poses import actions_to_deltas
 from worldvln_edge.training.sim.shards import FlightDataError, list_shards, read_shard
 
-_ARRAYS = ("frames", "actions", "poses", "instructions", "kinds")
+_ARRAYS = ("frames", "actions", "instructions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,7 @@ class FlightSet:
 
     frames: np.ndarray  # uint8 [N, F, H, W, 3]
     deltas: np.ndarray  # float32 [N, F-1, 6], labels in rad and m
-    poses: np.ndarray  # float32 [N, F, 6], cm and deg
     instructions: tuple[str, ...]
-    kinds: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -35,9 +33,7 @@ class FlightSet:
         return FlightSet(
             frames=self.frames[rows],
             deltas=self.deltas[rows],
-            poses=self.poses[rows],
             instructions=tuple(self.instructions[i] for i in rows),
-            kinds=tuple(self.kinds[i] for i in rows),
         )
 
     def label_stats(self) -> LabelStats:
@@ -58,7 +54,8 @@ def load_flights(folder: Path, *, num_frames: int, image_hw: tuple[int, int], li
         limit: stop after that many flights.
 
     Raises:
-        FlightDataError: no shards, a broken shard, or frames of another size or count.
+        FlightDataError: no shards, a run that is not whole or mixed with another, a broken shard, or frames of another
+            size or count.
     """
     shards = list_shards(folder)
     parts: dict[str, list] = {name: [] for name in _ARRAYS}
@@ -77,7 +74,5 @@ def load_flights(folder: Path, *, num_frames: int, image_hw: tuple[int, int], li
     return FlightSet(
         frames=np.concatenate(parts["frames"])[:limit],
         deltas=actions_to_deltas(actions),
-        poses=np.concatenate(parts["poses"])[:limit],
         instructions=tuple(str(s) for s in np.concatenate(parts["instructions"])[:limit]),
-        kinds=tuple(str(s) for s in np.concatenate(parts["kinds"])[:limit]),
     )

@@ -78,8 +78,6 @@ def optimise(
     config: OptimiserConfig,
     losses_of_step: Callable[[int], Losses],
     curve_file: Path,
-    *,
-    after_step: Callable[[int], None] | None = None,
 ) -> None:
     """Run `config.steps` optimiser steps.
 
@@ -89,7 +87,6 @@ def optimise(
         config: schedule.
         losses_of_step: step -> losses; `loss` is minimised, the others are logged.
         curve_file: JSON-lines file that the loss curve is appended to.
-        after_step: called after every step (evaluation, saving).
 
     Raises:
         TrainingDivergedError: `max_bad_steps` steps in a row without a finite loss.
@@ -123,8 +120,6 @@ def optimise(
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
             means = curve.flush(step + 1, config.rate(step))
             bar.set_postfix({name: f"{value:.3f}" for name, value in list(means.items())[:4]})
-        if after_step is not None:
-            after_step(step)
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

@@ -6,25 +6,29 @@ Source: spec/training.md 0 (stages), 8.3 (small presets).
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from worldvln_edge.atomic import atomic_file
 from worldvln_edge.config import ModelConfig
 from worldvln_edge.models.worldvln import HeadStats, WorldVLN, save_checkpoint
 from worldvln_edge.prompts import tagged_prompt
 from worldvln_edge.runtime.tokenizer import PromptTokenizer
-from worldvln_edge.training.action import ActionTrainingConfig, cache_features, train_latent_head, train_rgb_head
+from worldvln_edge.training.action import ActionTrainingConfig, cache_features, train_latent_head
 from worldvln_edge.training.backbone import BackboneTrainingConfig, TextBatch, train_backbone
 from worldvln_edge.training.flight_data import load_flights
 from worldvln_edge.training.loop import OptimiserConfig
+from worldvln_edge.training.rgb_head import RgbTrainingConfig, train_rgb_head
 from worldvln_edge.training.sim.instructions import instruction_vocabulary
+from worldvln_edge.training.sim.shards import fingerprint_shards, list_shards
 from worldvln_edge.training.tokenizer import build_word_tokenizer
 from worldvln_edge.training.vae import VaeTrainingConfig, encode_flights, train_vae
 
@@ -35,6 +39,10 @@ class WorkFolderError(ValueError):
     """The work folder belongs to another run."""
 
 
+class DeviceError(ValueError):
+    """The device that was asked for is not here."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything a run depends on besides preset, data and seed."""
@@ -42,12 +50,8 @@ class Recipe:
     vae: VaeTrainingConfig = field(default_factory=VaeTrainingConfig)
     backbone: BackboneTrainingConfig = field(default_factory=BackboneTrainingConfig)
     action: ActionTrainingConfig = field(default_factory=ActionTrainingConfig)
-    rgb: ActionTrainingConfig = field(
-        default_factory=lambda: ActionTrainingConfig(
-            optimiser=OptimiserConfig(learning_rate=5e-4, steps=1500, weight_decay=0.05)
-        )
-    )
-    feature_flights: int = 1000  # flights whose decoder features are cached; 0.8 MB each for `nano`
+    rgb: RgbTrainingConfig = field(default_factory=RgbTrainingConfig)
+    feature_flights: int = 2000  # flights whose decoder features are cached; 0.8 MB each for `nano`
 
     def scaled(self, share: float) -> Recipe:
         """The same recipe with every stage's steps multiplied (rehearsals, tests)."""
@@ -68,7 +72,15 @@ class Recipe:
 
 
 def train_model(
-    config: ModelConfig, data: Path, work: Path, out: Path, *, seed: int = 0, recipe: Recipe, limit: int | None = None
+    config: ModelConfig,
+    data: Path,
+    work: Path,
+    out: Path,
+    *,
+    seed: int = 0,
+    recipe: Recipe,
+    limit: int | None = None,
+    device: str = "cpu",
 ) -> None:
     """Train every network of a small preset and write the checkpoint folder `out`.
 
@@ -80,26 +92,36 @@ def train_model(
         seed: of initial weights and all draws.
         recipe: stages.
         limit: use at most that many flights.
+        device: where the networks are trained, e.g. "cuda"; flights stay in the computer's memory, batches move.
+            Initial weights and batches do not depend on it; rounding and stochastic depth do. A stopped run may go on
+            on another device.
 
     Raises:
+        DeviceError: this machine, or this build of PyTorch, has no such device.
         FlightDataError: data that does not fit the preset.
         WorkFolderError: `work` holds a run with other settings.
         TrainingDivergedError: losses that are not finite.
     """
+    where = _device(device)
     work.mkdir(parents=True, exist_ok=True)
     curve = work / "loss_curve.jsonl"
     flights = load_flights(data, num_frames=config.horizon.num_frames, image_hw=config.image_hw, limit=limit)
     stats = flights.label_stats()
     torch.manual_seed(seed)
-    model = WorldVLN(config)
-    with torch.no_grad():
-        for head in (model.latent_head, model.rgb_head):
-            nn.init.normal_(head.tsformer.time_embed, std=TIME_EMBED_STD)
+    model = WorldVLN(config, time_embed_std=TIME_EMBED_STD).to(where)
     tag = tagged_prompt("", config.horizon)
     tokenizer = build_word_tokenizer(instruction_vocabulary(), tag, config.text_encoder.vocabulary)
     text = TextBatch(flights.instructions, PromptTokenizer(tokenizer, config.world_model.text_max_tokens), config)
 
-    stages = _Stages(work, {"seed": seed, "preset": config.name, "flights": len(flights), "recipe": asdict(recipe)})
+    run = {
+        "seed": seed,
+        "preset": config.name,
+        "model_sha256": hashlib.sha256(config.to_json()).hexdigest(),
+        "flights": len(flights),
+        "data_fingerprint": fingerprint_shards(list_shards(data)),
+        "recipe": asdict(recipe),
+    }
+    stages = _Stages(work, run)
     if not stages.load("vae", model.vae):
         train_vae(model.vae, config, flights, recipe.vae, curve, seed=seed)
         stages.save("vae", model.vae)
@@ -130,16 +152,25 @@ def train_model(
 
 
 class _Stages:
-    """Finished stages of one run; a work folder of another run is refused."""
+    """Finished stages of one run; a work folder of another run (seed, preset, model, data, recipe) is refused."""
 
-    def __init__(self, work: Path, run: dict):
+    def __init__(self, work: Path, run: dict[str, Any]):
         self._work = work
         self._seed = int(run["seed"])
         self.run_file = work / "run.json"
         text = json.dumps(run, indent=1) + "\n"
-        if self.run_file.exists() and self.run_file.read_text(encoding="utf-8") != text:
-            raise WorkFolderError(f"{work} holds another run (see {self.run_file}); give an empty --work folder")
-        self.run_file.write_text(text, encoding="utf-8")
+        if self.run_file.exists():
+            changed = _changed_keys(self.run_file, json.loads(text))
+            if changed:
+                raise WorkFolderError(
+                    f"{work} holds another run: {', '.join(changed)} of {self.run_file} differ; "
+                    "give an empty --work folder"
+                )
+            return
+        if any(work.glob("*.safetensors")):
+            raise WorkFolderError(f"{work} holds weights but no run.json that says of which run; give an empty folder")
+        with atomic_file(self.run_file) as building:
+            building.write_text(text, encoding="utf-8")
 
     def load(self, stage: str, module: nn.Module) -> bool:
         """Load a finished stage; or say that it is still to do, with the draws that it always begins with."""
@@ -153,6 +184,28 @@ class _Stages:
 
     def save(self, stage: str, module: nn.Module) -> None:
         path = self._work / f"{stage}.safetensors"
-        temporary = path.with_suffix(".new")
-        save_file({k: v.detach().contiguous().clone() for k, v in module.state_dict().items()}, temporary)
-        os.replace(temporary, path)
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
+        with atomic_file(path) as building:
+            save_file(tensors, building)
+
+
+def _changed_keys(run_file: Path, run: dict[str, Any]) -> list[str]:
+    """Keys in which the run of a file is not `run`."""
+    try:
+        found = json.loads(run_file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WorkFolderError(f"{run_file}: not JSON ({error}); give an empty --work folder") from error
+    if not isinstance(found, dict):
+        raise WorkFolderError(f"{run_file}: describes no run; give an empty --work folder")
+    return [key for key in {**run, **found} if key not in found or key not in run or found[key] != run[key]]
+
+
+def _device(name: str) -> torch.device:
+    """Raise DeviceError unless tensors can be put there: here, rather than after the flights are read."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
+        reason = str(error).strip().splitlines()[0]
+        raise DeviceError(f"no device {name!r} for training here ({reason}); give --device cpu") from error
+    return device

@@ -42,9 +42,10 @@ def predict_clip(
     """Sample the summed codes of one clip given the raw features of the clips before it.
 
     Args:
+        model: the world model; the other tensors must be on its device.
         observed_BCTHW: raw features of at least the latent frames before the clip.
         text_BXt, text_lengths: as `TextBatch.features` gives them.
-        generator: of the draws.
+        generator: CPU generator of the draws.
 
     Returns:
         float32 [B, C, T, H, W].
@@ -53,8 +54,8 @@ def predict_clip(
     context = [_observed_scale(schedule.clips[c], scale, observed_BCTHW, config) for c, scale in references]
     clip = schedule.clips[clip_index]
     rows, cols = config.schedule.latent_hw
-    batch = observed_BCTHW.shape[0]
-    codes = torch.zeros(batch, config.world_model.latent_channels, clip.frames, rows, cols)
+    batch, device = observed_BCTHW.shape[0], observed_BCTHW.device
+    codes = torch.zeros(batch, config.world_model.latent_channels, clip.frames, rows, cols, device=device)
     uncond = model.cfg_uncond[: text_BXt.shape[1]].expand_as(text_BXt)
     own: list[EncodedScale] = []
     for step in clip.steps:
@@ -64,7 +65,7 @@ def predict_clip(
             scale=step.scale,
             real_scale_id_B=torch.full((batch,), step.real_scale_id),
             input_BLC=tokens_of_latents(step_input(codes, step)),
-            label_bits_BLd=torch.zeros(batch, step.tokens, width, dtype=torch.bool),
+            label_bits_BLd=torch.zeros(batch, step.tokens, width, dtype=torch.bool, device=device),
         )
         scales = [*context, *own, current]
         logits = []
@@ -76,7 +77,7 @@ def predict_clip(
         if len(logits) == 2:
             guidance = config.generation
             guided = adaptive_projected_guidance(*logits, guidance.cfg, guidance.apg_norm_threshold, guidance.apg_eta)
-        draws = torch.rand(guided.shape[:-1], generator=generator)
+        draws = torch.rand(guided.shape[:-1], generator=generator).to(device)
         bits = draws < torch.sigmoid(guided[..., 1] - guided[..., 0])
         codes = add_codes(codes, bits.unflatten(1, step.thw))
         if schedule.config.context_from_largest_no <= 0 and step.is_last_repetition:

@@ -118,14 +118,15 @@ class _Windows:
     motion_NFc: Tensor
     flow_deviation: float
     grid_hw: tuple[int, int]
+    device: torch.device  # where the windows go; the flights stay where they are
 
     def draw(self, batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         count, frames = self.frames_NFHW3.shape[:2]
         rows = torch.randint(count, (batch, 1), generator=generator)
         window = torch.randint(frames - length + 1, (batch, 1), generator=generator) + torch.arange(length)
-        pixels = self.frames_NFHW3[rows, window]
+        pixels = self.frames_NFHW3[rows, window].to(self.device)
         flow = coarse_flow(pixels, self.grid_hw) / self.flow_deviation
-        return frames_to_video(pixels), self.motion_NFc[rows, window[:, :-1]], flow
+        return frames_to_video(pixels), self.motion_NFc[rows, window[:, :-1]].to(self.device), flow
 
 
 def train_vae(
@@ -153,8 +154,9 @@ def train_vae(
         motion_NFc=motion,
         flow_deviation=float(coarse_flow(frames[: min(64, len(frames))], grid_hw).std()) + 1e-6,
         grid_hw=grid_hw,
+        device=next(vae.parameters()).device,
     )
-    readouts = MotionReadouts(config, int(moving.sum()))
+    readouts = MotionReadouts(config, int(moving.sum())).to(windows.device)
     vae.train()
     _train_encoder(vae, readouts, windows, training, curve_file, seed=seed)
     _train_whole(vae, readouts, windows, config, training, curve_file, seed=seed + 500)
@@ -204,7 +206,7 @@ def _train_whole(
         shorter = torch.randint(1, scales, (training.batch,), generator=generator)
         kept = [int(n) if dropped else scales for n, dropped in zip(shorter, drops, strict=True)]
         codes, full = quantise_straight_through(raw, schedule, config, kept)
-        is_raw = torch.rand(training.batch, generator=generator) < training.raw_share
+        is_raw = (torch.rand(training.batch, generator=generator) < training.raw_share).to(raw.device)
         decoded = torch.where(is_raw[:, None, None, None, None], raw, codes)
         features, _ = vae.decode_features(decoded)
         pixels, _ = vae.decode_pixels(features, decoded)
@@ -228,11 +230,12 @@ def _train_whole(
 
 @torch.no_grad()
 def encode_flights(vae: VideoVAE, flights: FlightSet, *, batch: int = 16) -> Tensor:
-    """Raw features of whole flights: float32 [N, C, T, H, W]."""
+    """Raw features of whole flights, on the CPU: float32 [N, C, T, H, W]."""
     vae.eval()
+    device = next(vae.parameters()).device
     parts = []
     for first in range(0, len(flights), batch):
-        video = frames_to_video(torch.from_numpy(flights.frames[first : first + batch]))
+        video = frames_to_video(torch.from_numpy(flights.frames[first : first + batch]).to(device))
         h, _ = vae.encode(video)
-        parts.append(vae.raw_features(h))
+        parts.append(vae.raw_features(h).cpu())
     return torch.cat(parts)

@@ -8,6 +8,8 @@ Source: spec/world_model.md 2, 3; spec/video_vae.md 1; spec/action_decoder.md 1,
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -19,6 +21,31 @@ class ConfigError(ValueError):
     """A configuration that cannot work. The message says which field, what was found and what is allowed."""
 
 
+def _numbers(value: object) -> Iterator[float]:
+    if isinstance(value, tuple):
+        for part in value:
+            yield from _numbers(part)
+    else:
+        yield value  # type: ignore[misc]
+
+
+def _require_at_least(least: int, part: str, config: msgspec.Struct, *names: str) -> None:
+    """Every number in the named fields, also inside tuples, is >= `least`."""
+    for name in names:
+        value = getattr(config, name)
+        if not all(number >= least for number in _numbers(value)):
+            raise ConfigError(f"{part}.{name} must be >= {least}, found {value}")
+
+
+def _require_finite(part: str, config: msgspec.Struct, *names: str, is_positive: bool) -> None:
+    """Every number in the named fields is finite, and > 0 or else >= 0."""
+    for name in names:
+        value = getattr(config, name)
+        for number in _numbers(value):
+            if not math.isfinite(number) or number < 0 or (is_positive and number == 0):
+                raise ConfigError(f"{part}.{name} must be finite and {'>' if is_positive else '>='} 0, found {value}")
+
+
 class ScheduleConfig(msgspec.Struct, **_FROZEN):
     """Which scales a clip has, how often each is run, and which earlier scales are visible."""
 
@@ -27,26 +54,42 @@ class ScheduleConfig(msgspec.Struct, **_FROZEN):
     image_repetition: tuple[int, ...]
     video_repetition: tuple[int, ...]
     semantic_scales: int
-    """The first `semantic_scales` scales of a clip use semantic bits and the semantic head, the others detail bits."""
+    """The first `semantic_scales` scales of a clip use semantic bits and the semantic head, the others detail bits.
+
+    0: every scale is a detail scale.
+    """
     frames_inner_clip: int = 4
     """Latent frames of a full video clip."""
     context_frames: int = 10000
+    """Latent frames of earlier clips that a clip may look back; fewer than a clip's (0 too): none are visible."""
     context_from_largest_no: int = 1
     """1: one scale per earlier clip is visible, as served. 0: every earlier scale is visible, as published training."""
     context_interval: int = 2
+    """By how many scales the visible scale gets coarser with every clip further back; 0: it stays the same."""
 
     def __post_init__(self) -> None:
         n = len(self.scale_hw)
         if n == 0:
             raise ConfigError("schedule.scale_hw is empty; give at least one (rows, columns) pair")
+        _require_at_least(1, "schedule", self, "scale_hw", "frames_inner_clip")
+        _require_at_least(0, "schedule", self, "context_frames", "context_from_largest_no", "context_interval")
+        rows, cols = self.latent_hw
+        for h, w in self.scale_hw:
+            if h > rows or w > cols:
+                raise ConfigError(
+                    f"schedule.scale_hw: scale {h}x{w} is larger than the latent grid {rows}x{cols} (the last scale)"
+                )
         for name in ("image_repetition", "video_repetition"):
             repetition = getattr(self, name)
             if len(repetition) != n or min(repetition) < 1:
                 raise ConfigError(f"schedule.{name} must hold {n} numbers >= 1 (one a scale), found {repetition}")
         if not 0 <= self.semantic_scales <= n:
             raise ConfigError(f"schedule.semantic_scales must be 0..{n}, found {self.semantic_scales}")
-        if self.frames_inner_clip < 1:
-            raise ConfigError(f"schedule.frames_inner_clip must be >= 1, found {self.frames_inner_clip}")
+        if self.context_from_largest_no > n:
+            raise ConfigError(
+                f"schedule.context_from_largest_no must be 0..{n} (a clip has {n} scales), found "
+                f"{self.context_from_largest_no}"
+            )
 
     @property
     def scales_per_clip(self) -> int:
@@ -76,9 +119,15 @@ class WorldModelConfig(msgspec.Struct, **_FROZEN):
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in self.__struct_fields__:
-            if name not in ("qkvo_bias", "norm_eps") and getattr(self, name) < 1:
-                raise ConfigError(f"world_model.{name} must be >= 1, found {getattr(self, name)}")
+        sizes = [name for name in self.__struct_fields__ if name not in ("qkvo_bias", "norm_eps")]
+        _require_at_least(1, "world_model", self, *sizes)
+        _require_finite("world_model", self, "norm_eps", is_positive=True)
+        for name in ("semantic_bits", "detail_bits"):
+            if getattr(self, name) > self.latent_channels:
+                raise ConfigError(
+                    f"world_model.{name} must be 1..{self.latent_channels} (latent_channels, averaged down to bits), "
+                    f"found {getattr(self, name)}"
+                )
         if self.width % self.heads or self.heads % self.kv_heads or self.depth % self.block_chunks:
             raise ConfigError(
                 "world_model: width must divide by heads, heads by kv_heads and depth by block_chunks; found "
@@ -105,6 +154,19 @@ class TextEncoderConfig(msgspec.Struct, **_FROZEN):
     relative_buckets: int = 32
     relative_max_distance: int = 128
 
+    def __post_init__(self) -> None:
+        _require_at_least(1, "text_encoder", self, *self.__struct_fields__)
+        # Half of the buckets is for each direction, and half of those for exact distances.
+        if self.relative_buckets < 4 or self.relative_buckets % 2:
+            raise ConfigError(
+                f"text_encoder.relative_buckets must be an even number >= 4, found {self.relative_buckets}"
+            )
+        if self.relative_max_distance <= self.relative_buckets // 4:
+            raise ConfigError(
+                f"text_encoder.relative_max_distance must be > relative_buckets / 4 = {self.relative_buckets // 4}, "
+                f"found {self.relative_max_distance}"
+            )
+
 
 class VideoVAEConfig(msgspec.Struct, **_FROZEN):
     """Causal video VAE (spec/video_vae.md). Spatial stride = pixel_patch * prod(spatial_factors) * latent_patch."""
@@ -126,6 +188,35 @@ class VideoVAEConfig(msgspec.Struct, **_FROZEN):
                 "video_vae: block_out_channels needs two entries more than spatial_factors and temporal_factors; found "
                 f"{self.block_out_channels}, {self.spatial_factors}, {self.temporal_factors}"
             )
+        _require_at_least(
+            1,
+            "video_vae",
+            self,
+            "block_out_channels",
+            "layers_per_block",
+            "latent_channels",
+            "pixel_patch",
+            "latent_patch",
+        )
+        for name in ("spatial_factors", "temporal_factors"):
+            if not set(getattr(self, name)) <= {1, 2}:
+                raise ConfigError(f"video_vae.{name} must be 1 or 2 each, found {getattr(self, name)}")
+        self._check_channels()
+
+    def _check_channels(self) -> None:
+        """Samplers move pixels into channels and back without a remainder."""
+        widths = self.block_out_channels
+        if widths[-1] != widths[-2]:
+            raise ConfigError(
+                "video_vae: the last down block has no sampler, so the last two block_out_channels must be equal; "
+                f"found {widths}"
+            )
+        for sf, fine, coarse in zip(self.spatial_factors, widths[:-2], widths[1:-1], strict=True):
+            if coarse % sf**2 or sf**2 * fine % coarse:
+                raise ConfigError(
+                    f"video_vae.block_out_channels: a sampler from {fine} to {coarse} channels, spatial factor {sf}, "
+                    f"does not divide; {coarse} must divide by {sf**2}, and {sf**2 * fine} by {coarse}"
+                )
 
     @property
     def feature_channels(self) -> int:
@@ -164,6 +255,14 @@ class TimesFormerConfig(msgspec.Struct, **_FROZEN):
     window: int = 4
     """Frames of a window; a window yields window-1 motions of 6 numbers."""
 
+    def __post_init__(self) -> None:
+        _require_at_least(1, "timesformer", self, "image_hw", "patch", "width", "depth", "heads", "mlp_ratio")
+        _require_at_least(2, "timesformer", self, "window")
+        if self.image_hw[0] % self.patch or self.image_hw[1] % self.patch:
+            raise ConfigError(f"timesformer.image_hw must divide by patch {self.patch}, found {self.image_hw}")
+        if self.width % self.heads:
+            raise ConfigError(f"timesformer.width must divide by heads {self.heads}, found {self.width}")
+
     @property
     def grid_hw(self) -> tuple[int, int]:
         return self.image_hw[0] // self.patch, self.image_hw[1] // self.patch
@@ -184,6 +283,13 @@ class AdapterConfig(msgspec.Struct, **_FROZEN):
     hidden: int
     groups: int
     patch: int
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, "adapter", self, *self.__struct_fields__)
+        if self.resize_hw[0] % self.patch or self.resize_hw[1] % self.patch:
+            raise ConfigError(f"adapter.resize_hw must divide by patch {self.patch}, found {self.resize_hw}")
+        if self.hidden % self.groups:
+            raise ConfigError(f"adapter.hidden must divide by groups {self.groups}, found {self.hidden}")
 
     @property
     def grid_hw(self) -> tuple[int, int]:
@@ -212,20 +318,25 @@ class ActionDecoderConfig(msgspec.Struct, **_FROZEN):
                 f"action_decoder.left_context must be >= 1 (motions start at an observed frame), found "
                 f"{self.left_context}"
             )
+        _require_finite("action_decoder", self, "rgb_std", is_positive=True)
+        if not all(map(math.isfinite, self.rgb_mean)):
+            raise ConfigError(f"action_decoder.rgb_mean must be finite, found {self.rgb_mean}")
 
 
 class GenerationConfig(msgspec.Struct, **_FROZEN):
     """Sampling of bits (spec/world_model.md 6)."""
 
     cfg: float
+    """Guidance weight; 1: no guidance, and the unconditional row is not computed."""
     tau_image: float = 1.0
     tau_video: float = 0.4
     apg_norm_threshold: float = 0.05
+    """Largest root mean square of the guidance; 0: no limit."""
     apg_eta: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.tau_image, self.tau_video) <= 0:
-            raise ConfigError(f"generation: tau must be > 0, found {self.tau_image} and {self.tau_video}")
+        _require_finite("generation", self, "tau_image", "tau_video", is_positive=True)
+        _require_finite("generation", self, "cfg", "apg_norm_threshold", "apg_eta", is_positive=False)
 
 
 class HorizonConfig(msgspec.Struct, **_FROZEN):
@@ -236,8 +347,12 @@ class HorizonConfig(msgspec.Struct, **_FROZEN):
     fps: int = 16
 
     def __post_init__(self) -> None:
-        if self.fps < 1:
-            raise ConfigError(f"horizon.fps must be >= 1, found {self.fps}")
+        _require_at_least(1, "horizon", self, "fps", "step")
+        if self.num_frames < 2 or (self.num_frames - 1) % self.step:
+            raise ConfigError(
+                f"horizon: num_frames - 1 must be a positive multiple of step, found num_frames {self.num_frames} and "
+                f"step {self.step}"
+            )
 
     @property
     def points(self) -> tuple[int, ...]:
@@ -263,6 +378,8 @@ class ModelConfig(msgspec.Struct, **_FROZEN):
     horizon: HorizonConfig = HorizonConfig()
 
     def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise ConfigError("name is blank; give the model a name")
         stride, (rows, cols) = self.video_vae.spatial_stride, self.schedule.latent_hw
         if self.image_hw != (rows * stride, cols * stride):
             raise ConfigError(
@@ -280,22 +397,18 @@ class ModelConfig(msgspec.Struct, **_FROZEN):
                 f"{self.world_model.text_channels}"
             )
         horizon, clip = self.horizon, self.video_vae.temporal_stride * self.schedule.frames_inner_clip
-        if horizon.num_frames < 2 or horizon.step < 1 or (horizon.num_frames - 1) % horizon.step:
-            raise ConfigError(
-                f"horizon: num_frames - 1 must be a positive multiple of step, found num_frames {horizon.num_frames} "
-                f"and step {horizon.step}"
-            )
         if horizon.step % clip:
             raise ConfigError(
                 f"horizon.step {horizon.step} must be a multiple of the {clip} frames of a clip, so that observed and "
                 "generated clips have the same borders"
             )
-        window = max(self.action_decoder.latent_head.window, self.action_decoder.rgb_head.window)
-        if window > horizon.step + 1:
-            raise ConfigError(
-                f"action_decoder: a window of {window} frames does not fit into the {horizon.step + 1} frames of the "
-                "first segment (horizon.step + 1)"
-            )
+        for name in ("latent_head", "rgb_head"):
+            window = getattr(self.action_decoder, name).window
+            if window > horizon.step + 1:
+                raise ConfigError(
+                    f"action_decoder.{name}: a window of {window} frames does not fit into the {horizon.step + 1} "
+                    "frames of the first segment (horizon.step + 1)"
+                )
 
     def to_json(self) -> bytes:
         return msgspec.json.format(msgspec.json.encode(self), indent=2)

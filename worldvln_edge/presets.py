@@ -53,7 +53,7 @@ def worldvln_8b() -> ModelConfig:
 
 
 def mini() -> ModelConfig:
-    """Small model for one GPU: 128x128, 6 scales."""
+    """Small model, trained on one GPU (`worldvln-edge train --preset mini --device cuda`): 128x128, 6 scales."""
     timesformer = TimesFormerConfig(image_hw=(128, 128), patch=16, width=192, depth=6, heads=6)
     return ModelConfig(
         name="mini",

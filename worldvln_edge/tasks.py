@@ -8,13 +8,13 @@ Source: spec/session_protocol.md 4.2.
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+
+from worldvln_edge.atomic import atomic_file
 
 Pose6 = tuple[float, float, float, float, float, float]
 
@@ -139,12 +139,14 @@ def read_task_list(path: str | Path) -> list[Task]:
 
 def write_task(task: Task, path: str | Path) -> None:
     """Write one task to one file, atomically."""
-    _write(Path(path), msgspec.json.format(msgspec.json.encode(task), indent=1))
+    with atomic_file(Path(path)) as building:
+        building.write_bytes(msgspec.json.format(msgspec.json.encode(task), indent=1))
 
 
 def write_task_list(tasks: Sequence[Task], path: str | Path) -> None:
     """Write tasks as one JSON list, one task a line, atomically."""
-    _write(Path(path), b"[\n" + b",\n".join(msgspec.json.encode(task) for task in tasks) + b"\n]\n")
+    with atomic_file(Path(path)) as building:
+        building.write_bytes(b"[\n" + b",\n".join(msgspec.json.encode(task) for task in tasks) + b"\n]\n")
 
 
 def _pose(value: Any, source: str, key: str, *, may_be_longer: bool = False) -> list[float]:
@@ -185,19 +187,6 @@ def _read_json(path: Path) -> Any:
         raise TaskFileError(f"{path}: cannot be read ({error.strerror})") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise TaskFileError(f"{path}: not JSON ({error})") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _type_name(value: Any) -> str:

@@ -14,15 +14,18 @@ import urllib.request
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.websockets import WebSocket
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from worldvln_edge.client import ServerError, SessionClient
 from worldvln_edge.protocol import Bye, Cancel, Hello, Limits, Observe, Ping, ProtocolError, Start
+from worldvln_edge.runtime.access import AccessRule
 from worldvln_edge.runtime.device_queue import DeviceQueue, DurationEstimate, StartedTooLateError, Ticket
 from worldvln_edge.runtime.null_policy import NullPolicy
 from worldvln_edge.runtime.server import BackgroundServer
 from worldvln_edge.runtime.session_manager import SessionManager
+from worldvln_edge.runtime.websocket_door import WebSocketDoor
 from worldvln_edge.wire import decode_answer, encode
 
 _buffer = io.BytesIO()
@@ -134,6 +137,58 @@ def test_cancelled_request_keeps_its_frames_and_runs_no_inference():
         assert answers[4].seg == 0
 
 
+def test_start_without_a_name_can_be_cancelled_while_it_waits():
+    with BackgroundServer(NullPolicy(infer_s=0.3)) as server, connect(server.url, compression=None) as socket:
+        begin(socket, "a")
+        say(socket, observe(3, session="a"))
+        time.sleep(0.05)
+        say(socket, Start(id=4, prompt="go"))
+        time.sleep(0.05)
+        say(socket, Cancel(id=5, target=4), Ping(id=6))
+        answers = {answer.re: answer for answer in (hear(socket) for _ in range(4))}
+    assert answers[4].code == "cancelled"
+    assert (answers[5].state, answers[5].frames, answers[5].emitted) == ("ended", 0, -1)
+    assert len(answers[5].session) == 32
+    assert answers[6].sessions == 1
+    assert answers[3].seg == 0
+
+
+class SlowToOpen(NullPolicy):
+    """Takes its time to open a session, and remembers which ones were closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.open_s = 0.0
+        self.closed: list[str] = []
+
+    def new_session(self, prompt, *, seed=0, negative_prompt="", emit="ahead"):
+        time.sleep(self.open_s)
+        session = super().new_session(prompt, seed=seed, negative_prompt=negative_prompt, emit=emit)
+        session.close = lambda: self.closed.append(prompt)
+        return session
+
+
+@pytest.mark.parametrize("name", [None, "s"])
+def test_cancelled_start_opens_nothing_and_replaces_nothing(name: str | None):
+    policy = SlowToOpen()
+    with BackgroundServer(policy) as server, connect(server.url, compression=None) as socket:
+        begin(socket, "s")
+        say(socket, observe(3))
+        assert hear(socket).seg == 0
+        policy.open_s = 0.2
+        say(socket, Start(id=4, session=name, prompt="unwanted"))
+        time.sleep(0.05)
+        say(socket, Cancel(id=5, target=4))
+        answers = {answer.re: answer for answer in (hear(socket) for _ in range(2))}
+        assert answers[4].code == "cancelled"
+        assert answers[5].state == ("open" if name else "ended")
+        say(socket, observe(6, first=2), Ping(id=7))
+        answers = {answer.re: answer for answer in (hear(socket) for _ in range(2))}
+        assert answers[6].frames == 2
+        assert answers[7].sessions == 1
+        assert policy.closed == ["unwanted"]
+
+
 def test_cancelling_what_never_was_is_bad_request():
     with BackgroundServer(NullPolicy()) as server, connect(server.url, compression=None) as socket:
         begin(socket)
@@ -239,6 +294,66 @@ def test_client_that_does_not_read_is_cut_off():
             say(socket, *[Hello(id=1, v=[1])] * 50_000)
         with SessionClient(server.url) as other:
             assert other.ping().ready
+
+
+class UpgradeRequest:
+    """One client at the door, without a network: its upgrade is granted when the test says so."""
+
+    def __init__(self):
+        self.may_go_on, self.has_left = asyncio.Event(), asyncio.Event()
+        self.sent: list[dict] = []
+        self._incoming = [{"type": "websocket.connect"}]
+        scope = {
+            "type": "websocket",
+            "path": "/v1/session",
+            "headers": [],
+            "subprotocols": [],
+            "extensions": {"websocket.http.response": {}},
+        }
+        self.websocket = WebSocket(scope, self._receive, self._send)
+
+    async def _receive(self) -> dict:
+        if self._incoming:
+            return self._incoming.pop()
+        await self.has_left.wait()
+        return {"type": "websocket.disconnect", "code": 1000}
+
+    async def _send(self, message: dict) -> None:
+        await self.may_go_on.wait()
+        self.sent.append(message)
+
+    @property
+    def status(self) -> int | None:
+        return self.sent[0].get("status", 101) if self.sent else None
+
+
+def test_clients_that_come_at_once_do_not_get_past_the_connection_limit():
+    async def scenario() -> None:
+        manager = SessionManager(NullPolicy(), limits=Limits(max_connections=3))
+        door = WebSocketDoor(manager, AccessRule())
+
+        async def come(count: int) -> tuple[list[UpgradeRequest], list[asyncio.Task]]:
+            clients = [UpgradeRequest() for _ in range(count)]
+            tasks = [asyncio.create_task(door.serve(client.websocket)) for client in clients]
+            await asyncio.sleep(0.01)  # all of them ask before the first is let in
+            for client in clients:
+                client.may_go_on.set()
+            await asyncio.sleep(0.01)
+            return clients, tasks
+
+        clients, tasks = await come(8)
+        assert [client.status for client in clients] == [101] * 3 + [503] * 5
+        assert b"as many connections as it accepts" in clients[-1].sent[1]["body"]
+        clients[0].has_left.set()
+        await tasks[0]
+        later, later_tasks = await come(2)
+        assert [client.status for client in later] == [101, 503]
+        for client in (*clients, *later):
+            client.has_left.set()
+        await asyncio.gather(*tasks, *later_tasks)
+        manager.close()
+
+    asyncio.run(scenario())
 
 
 class Clock:

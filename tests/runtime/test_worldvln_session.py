@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from small_models import random_frames
 
+from worldvln_edge.client import ServerError, SessionClient
 from worldvln_edge.runtime import graphs
 from worldvln_edge.runtime.policy import ActionChunk, NonFiniteActionsError, PolicySession
+from worldvln_edge.runtime.server import BackgroundServer
 from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy, WorldVLNSession, load_policy
 
 PROMPT = "fly forward 5 m"
@@ -222,6 +224,110 @@ def test_nan_is_an_error_and_the_flight_goes_on_afterwards(policy, frames, flown
     head.is_broken = False
     chunks += [session.observe(()), session.observe(frames[5:9])]
     np.testing.assert_allclose(actions_of(chunks), flown, atol=MOTION_TOLERANCE)
+
+
+class DeviceLostError(RuntimeError):
+    """What an engine may raise in the middle of a flight."""
+
+
+class _FailsOnce:
+    """An engine of the bundle that raises at one of its calls: before its work, or when the work is already done."""
+
+    def __init__(self, engine, failing_call: int, *, after_work: bool):
+        self.engine, self.failing_call, self.after_work = engine, failing_call, after_work
+        self.calls = 0
+
+    def run(self, inputs, in_place=None):
+        self.calls += 1
+        if self.calls == self.failing_call and not self.after_work:
+            raise DeviceLostError("device lost")
+        outputs = self.engine.run(inputs, in_place)
+        if self.calls == self.failing_call:
+            raise DeviceLostError("device lost")
+        return outputs
+
+
+def _fly_on_after_a_failure(session: PolicySession, frames: list[np.ndarray]) -> tuple[list[ActionChunk], int]:
+    """Fly as a server does: frames that the session did not take are given again. Returns the chunks and failures."""
+    chunks, failures = [], 0
+    for point in (1, 5, 9):
+        while len(chunks) <= (point - 1) // STEP:
+            try:
+                chunks.append(session.observe(frames[session.frames : point]))
+            except DeviceLostError:
+                assert session.emitted == len(chunks) - 1
+                failures += 1
+    return chunks, failures
+
+
+ENGINES = (
+    graphs.TEXT_ENCODER,
+    graphs.LATENT_EMBED,
+    graphs.WORLD_MODEL_CONTEXT,
+    graphs.WORLD_MODEL_STEP,
+    graphs.first_or_next(graphs.VAE_ENCODER, True),
+    graphs.first_or_next(graphs.VAE_ENCODER, False),
+    graphs.first_or_next(graphs.VAE_DECODER, True),
+    graphs.first_or_next(graphs.VAE_DECODER, False),
+    graphs.ACTION_ADAPTER,
+    graphs.ACTION_HEAD,
+)
+
+
+@pytest.mark.parametrize("after_work", [False, True])
+@pytest.mark.parametrize("name", ENGINES)
+def test_engine_that_fails_once_anywhere_changes_neither_actions_nor_counts(policy, frames, flown, name, after_work):
+    assert set(ENGINES) == set(policy.engines)
+    undisturbed = policy.new_session(PROMPT, seed=1)
+    fly(undisturbed, frames, (1, 4, 4))
+    failing_call = 0
+    while True:
+        failing_call += 1
+        engine = _FailsOnce(policy.engines[name], failing_call, after_work=after_work)
+        failing = WorldVLNPolicy(policy.manifest, {**policy.engines, name: engine}, policy.tokenizer)
+        session = failing.new_session(PROMPT, seed=1)
+        chunks, failures = _fly_on_after_a_failure(session, frames)
+        np.testing.assert_array_equal(actions_of(chunks), flown)
+        assert session.counters["frames_encoded"] == undisturbed.counters["frames_encoded"]
+        for kept, expected in zip(session.observed_clips, undisturbed.observed_clips, strict=True):
+            np.testing.assert_array_equal(kept.codes, expected.codes)
+        if not failures:
+            break
+    assert failing_call > 1
+
+
+@pytest.mark.parametrize("name", [graphs.WORLD_MODEL_CONTEXT, graphs.LATENT_EMBED, graphs.TEXT_ENCODER])
+def test_new_prompt_whose_context_failed_is_made_again(policy, frames, name: str):
+    def change_prompt(session: PolicySession) -> ActionChunk:
+        fly(session, frames, (1, 4))
+        session.set_prompt(OTHER)
+        return session.observe(frames[5:9])
+
+    expected = change_prompt(policy.new_session(PROMPT, seed=1))
+    counting = _FailsOnce(policy.engines[name], 0, after_work=False)
+    engines = {**policy.engines, name: counting}
+    change_prompt(WorldVLNPolicy(policy.manifest, engines, policy.tokenizer).new_session(PROMPT, seed=1))
+    last = _FailsOnce(policy.engines[name], counting.calls, after_work=True)
+    engines = {**policy.engines, name: last}
+    session = WorldVLNPolicy(policy.manifest, engines, policy.tokenizer).new_session(PROMPT, seed=1)
+    with pytest.raises(DeviceLostError):
+        change_prompt(session)
+    np.testing.assert_array_equal(session.observe(()).actions, expected.actions)
+
+
+def test_client_learns_of_a_failed_engine_and_its_second_request_is_answered(policy, frames, flown):
+    name = graphs.first_or_next(graphs.VAE_ENCODER, False)
+    engines = {**policy.engines, name: _FailsOnce(policy.engines[name], 1, after_work=False)}
+    failing = WorldVLNPolicy(policy.manifest, engines, policy.tokenizer)
+    with BackgroundServer(failing) as server, SessionClient(server.url, frame_format="rgb8") as client:
+        client.start(PROMPT, seed=1)
+        answers = [client.observe(frames[:1])]
+        with pytest.raises(ServerError, match="once more, and start a new session if it fails again") as refusal:
+            client.observe(frames[1:5])
+        assert (refusal.value.code, refusal.value.retry, refusal.value.frames) == ("internal", True, 5)
+        assert "device lost" not in str(refusal.value)
+        answers += [client.observe([]), client.observe(frames[5:9])]
+    np.testing.assert_array_equal(np.concatenate([answer.actions for answer in answers]), flown)
 
 
 def test_memory_does_not_grow_over_two_hundred_segments(policy, frames):

@@ -45,11 +45,7 @@ def text() -> TextBatch:
 
 @pytest.fixture
 def golden_training(golden) -> Path:
-    """The training set is younger than the others: a foreign golden folder may not have it."""
-    folder = golden("world_model").parent / "training"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not there")
-    return folder
+    return golden("training")
 
 
 def _latents(count: int = 4) -> torch.Tensor:

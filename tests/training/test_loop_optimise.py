@@ -41,18 +41,17 @@ def test_loss_goes_down_and_its_averages_are_logged(tmp_path: Path):
 def test_steps_without_a_finite_loss_are_left_out(tmp_path: Path):
     parameter = nn.Parameter(torch.zeros(2))
     bad = tuple(range(5, 12))
-    values = []
-    optimise(
-        "fit",
-        [parameter],
-        CONFIG,
-        _losses(parameter, bad),
-        tmp_path / "curve",
-        after_step=lambda step: values.append(parameter.detach().clone()),
-    )
-    assert len(values) == CONFIG.steps
-    assert all(torch.equal(values[step], values[4]) for step in bad)
-    assert not torch.equal(values[12], values[4])
+    losses, before = _losses(parameter, bad), []
+
+    def losses_of_step(step: int):
+        before.append(parameter.detach().clone())
+        return losses(step)
+
+    optimise("fit", [parameter], CONFIG, losses_of_step, tmp_path / "curve")
+    assert len(before) == CONFIG.steps
+    assert not torch.equal(before[5], before[4])
+    assert all(torch.equal(before[step + 1], before[5]) for step in bad)
+    assert not torch.equal(before[13], before[5])
     assert "NaN" not in (tmp_path / "curve").read_text(encoding="utf-8")
 
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from small_models import random_frames, tiny_config
 
-from worldvln_edge.config import ModelConfig
+from worldvln_edge.config import GenerationConfig, ModelConfig
 from worldvln_edge.export.exporter import graph_sources
 from worldvln_edge.models.worldvln import load_checkpoint
 from worldvln_edge.training.loop import TrainingDivergedError
-from worldvln_edge.training.pipeline import Recipe, train_model
+from worldvln_edge.training.pipeline import DeviceError, Recipe, WorkFolderError, train_model
 from worldvln_edge.training.sim.instructions import instruction_vocabulary
 
 
@@ -56,9 +56,9 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def _train(data: Path, folder: Path, **options) -> Path:
+def _train(data: Path, folder: Path, config: ModelConfig = CONFIG, **options) -> Path:
     arguments = {"seed": 1, "recipe": _recipe(), **options}
-    train_model(CONFIG, data, folder / "work", folder / "checkpoint", **arguments)
+    train_model(config, data, folder / "work", folder / "checkpoint", **arguments)
     return folder
 
 
@@ -107,10 +107,54 @@ def test_resumed_run_gives_the_weights_of_an_unbroken_one(data: Path, trained: P
     assert all(torch.equal(old[k], new[k]) for k in old)
 
 
-@pytest.mark.parametrize("change", [{"seed": 2}, {"limit": 7}, {"recipe": replace(_recipe(), feature_flights=5)}])
-def test_work_of_another_run_is_refused(data: Path, trained: Path, change: dict):
-    with pytest.raises(ValueError, match="holds another run"):
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"seed": 2}, "seed"),
+        ({"limit": 7}, "flights"),
+        ({"recipe": replace(_recipe(), feature_flights=5)}, "recipe"),
+        ({"config": msgspec.structs.replace(CONFIG, generation=GenerationConfig(cfg=7.0))}, "model_sha256"),
+    ],
+)
+def test_work_of_another_run_is_refused(data: Path, trained: Path, change: dict, key: str):
+    with pytest.raises(WorkFolderError, match=f"holds another run: {key} of .* differ"):
         _train(data, trained, **change)
+
+
+def test_work_of_other_flights_is_refused_although_they_are_as_many(data: Path, trained: Path, tmp_path: Path):
+    arrays = dict(np.load(data / "flights-0.npz"))
+    arrays["actions"][0, 0, 0] += 1
+    np.savez(tmp_path / "flights-0.npz", **arrays)
+    with pytest.raises(WorkFolderError, match="holds another run: data_fingerprint of"):
+        _train(tmp_path, trained)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "not JSON"), ("[]", "describes no run"), (None, "holds weights but no run.json")]
+)
+def test_work_of_an_unknown_run_is_refused(data: Path, tmp_path: Path, content: str | None, message: str):
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "vae.safetensors").touch()
+    if content is not None:
+        (work / "run.json").write_text(content)
+    with pytest.raises(WorkFolderError, match=message):
+        _train(data, tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_device_that_is_not_here_is_refused_before_anything_is_written(data: Path, tmp_path: Path):
+    with pytest.raises(DeviceError, match=r"no device 'cuda' for training here .*; give --device cpu"):
+        _train(data, tmp_path, device="cuda")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+def test_training_on_a_gpu_gives_a_checkpoint_that_loads(data: Path, tmp_path: Path):
+    _train(data, tmp_path, device="cuda")
+    assert load_checkpoint(tmp_path / "checkpoint").config == CONFIG
+    assert set(_stages(tmp_path)) == {"vae_encoder", "vae", "sft", "action", "rgb_head"}
 
 
 def test_scaled_recipe_keeps_everything_but_the_steps():

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from worldvln_edge.cli import main
 from worldvln_edge.poses import integrate_actions
 from worldvln_edge.tasks import Task, read_task_list
-from worldvln_edge.training.sim.cli import sim
 from worldvln_edge.training.sim.flights import FlightsConfig, fly_expert, generate_flights
 from worldvln_edge.training.sim.perturbation import PerturbationConfig, perturb_path
-from worldvln_edge.training.sim.shards import FlightDataError, read_shard
+from worldvln_edge.training.sim.shards import FlightDataError, list_shards, read_shard
 from worldvln_edge.training.sim.tasks import generate_task, score_flight
 
 ALWAYS = PerturbationConfig(share=1.0, push_probability=1.0)
@@ -83,9 +83,10 @@ def test_shards_hold_the_flights_and_a_second_run_keeps_them(tmp_path):
     np.testing.assert_array_equal(shard["frames"][1], alone.frames)
 
     stamp = first[0].stat().st_mtime_ns
-    more = generate_flights(config, 6, tmp_path, workers=1, show_progress=False)
+    first[1].unlink()  # as if the run had been stopped
+    assert generate_flights(config, 5, tmp_path, workers=1, show_progress=False) == first == list_shards(tmp_path)
     assert first[0].stat().st_mtime_ns == stamp
-    assert sorted(tmp_path.glob("*.npz")) == more  # the short shard was replaced
+    np.testing.assert_array_equal(read_shard(first[1])["frames"], shard["frames"])
     assert not list(tmp_path.glob(".*"))
 
 
@@ -101,12 +102,51 @@ def test_two_workers_write_the_same_shards_as_one(tmp_path):
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):
     generate_flights(FlightsConfig(split="test", image_hw=(16, 16)), 1, tmp_path, workers=1, show_progress=False)
-    with pytest.raises(FlightDataError, match="image_hw differ"):
+    with pytest.raises(FlightDataError, match=r"another run \(image_hw is \[16, 16\] there and \[32, 32\] here\)"):
         generate_flights(FlightsConfig(split="test", image_hw=(32, 32)), 1, tmp_path, workers=1, show_progress=False)
     with pytest.raises(ValueError, match="count and workers"):
         generate_flights(FlightsConfig(split="test"), 0, tmp_path)
     with pytest.raises(ValueError, match="shard_flights"):
         FlightsConfig(split="test", shard_flights=0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_another_count_is_another_run_and_changes_nothing(tmp_path, count):
+    config = FlightsConfig(split="test", image_hw=(16, 16), shard_flights=2)
+    generate_flights(config, 3, tmp_path, workers=1, show_progress=False)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    with pytest.raises(FlightDataError, match=f"count is 3 there and {count} here"):
+        generate_flights(config, count, tmp_path, workers=1, show_progress=False)
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_the_folder_says_which_run_it_holds(tmp_path):
+    generate_flights(FlightsConfig(split="validation", image_hw=(16, 16)), 1, tmp_path, workers=1, show_progress=False)
+    assert json.loads((tmp_path / "flights.json").read_text()) == {
+        "format": 2,
+        "count": 1,
+        "split": "validation",
+        "image_hw": [16, 16],
+        "shard_flights": 64,
+        "dynamics": "kinematic",
+        "perturbation": None,
+    }
+
+
+def test_shards_of_an_unknown_run_are_refused(tmp_path):
+    config = FlightsConfig(split="test", image_hw=(16, 16))
+    (tmp_path / "flights-0000000-0001.npz").write_bytes(b"")
+    with pytest.raises(FlightDataError, match=r"holds shards but no flights\.json"):
+        generate_flights(config, 1, tmp_path, workers=1, show_progress=False)
+    (tmp_path / "flights-0000000-0001.npz").unlink()
+    generate_flights(config, 1, tmp_path, workers=1, show_progress=False)
+    (tmp_path / "mine.npz").write_bytes(b"")
+    with pytest.raises(FlightDataError, match=r"mine\.npz \(1 such\) is not of the run"):
+        generate_flights(config, 1, tmp_path, workers=1, show_progress=False)
+    for content, message in (("{", "not JSON"), ("[1]", "holds no settings")):
+        (tmp_path / "flights.json").write_text(content)
+        with pytest.raises(FlightDataError, match=message):
+            generate_flights(config, 1, tmp_path, workers=1, show_progress=False)
 
 
 def test_a_broken_shard_says_what_to_do(tmp_path):
@@ -121,15 +161,17 @@ def test_a_broken_shard_says_what_to_do(tmp_path):
 def test_the_commands_write_tasks_and_flights(tmp_path):
     runner = CliRunner()
     out = tmp_path / "tasks.json"
-    result = runner.invoke(sim, ["tasks", "--split", "test", "--count", "18", "--out", str(out), "--json"])
+    result = runner.invoke(main, ["sim", "tasks", "--split", "test", "--count", "18", "--out", str(out), "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == {"out": str(out), "tasks": 18, "kinds": 18, "split": "test"}
     assert read_task_list(out)[7] == generate_task("test", 7)
 
-    flights = ["flights", "--split", "train", "--count", "2", "--out", str(tmp_path / "f"), "--workers", "1"]
-    result = runner.invoke(sim, [*flights, "--image-size", "16"])
+    flights = ["sim", "flights", "--split", "train", "--count", "2", "--out", str(tmp_path / "f"), "--workers", "1"]
+    result = runner.invoke(main, [*flights, "--image-size", "16"])
     assert result.exit_code == 0, result.output
     assert "2 flights in 1 shards" in result.stdout
-    result = runner.invoke(sim, [*flights, "--image-size", "32"])
+    result = runner.invoke(main, [*flights, "--image-size", "32"])
     assert result.exit_code == 1
-    assert "other settings" in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert "image_hw is [16, 16] there and [32, 32] here" in result.stderr
+    assert len(result.stderr.splitlines()) == 1

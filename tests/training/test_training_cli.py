@@ -1,6 +1,8 @@
 """`fly`, `eval`, `train` and `demo` on the command line: results on stdout, one sentence when something is wrong."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ from worldvln_edge.cli import main
 from worldvln_edge.runtime.null_policy import NullPolicy
 from worldvln_edge.runtime.server import BackgroundServer
 from worldvln_edge.tasks import write_task_list
+from worldvln_edge.training.bundle_source import SOURCE_FILE, ExportFailedError, bundle_source
 from worldvln_edge.training.demo import DemoError, demo_tasks, run_demo, serve_bundle
 from worldvln_edge.training.sim.flights import FlightsConfig, generate_flights
 from worldvln_edge.training.sim.tasks import generate_task
@@ -162,6 +165,23 @@ def test_train_refuses_flights_of_another_size(flights, tmp_path):
     assert_one_sentence(result, "the preset needs (49, 64, 64, 3)")
 
 
+def test_train_refuses_a_device_that_is_not_here(flights, tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    result = invoke("train", "--data", flights, "--out", tmp_path / "c", "--work", tmp_path / "w", "--device", "cuda")
+    assert_one_sentence(result, "no device 'cuda' for training here", "--device cpu")
+
+
+def test_train_refuses_a_folder_that_is_not_one_run_of_flights(flights, tmp_path):
+    data = shutil.copytree(flights, tmp_path / "flights")
+    settings = json.loads((data / "flights.json").read_text())
+    (data / "flights.json").write_text(json.dumps(settings | {"count": 65}))
+    result = invoke("train", "--data", data, "--out", tmp_path / "c", "--work", tmp_path / "w")
+    assert_one_sentence(result, "flights-0000000-0018.npz", "is not of the run")
+
+
 def test_train_refuses_the_work_folder_of_another_run(tmp_path):
     flights = tmp_path / "flights"
     generate_flights(FlightsConfig(split="train"), 1, flights, workers=1, show_progress=False)
@@ -188,9 +208,58 @@ def test_demo_says_when_the_export_or_the_server_fails(tmp_path):
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     (checkpoint / "model.safetensors").write_bytes(b"truncated")
-    with pytest.raises(DemoError, match=r"the export of .* ended with status 1"):
+    with pytest.raises(ExportFailedError, match=r"the export of .* ended with status 1"):
         run_demo(checkpoint, tmp_path / "demo", tasks=1)
     empty = tmp_path / "bundle"
     empty.mkdir()
     with pytest.raises(DemoError, match=r"before it was ready: error: .* is no bundle"):
         serve_bundle(empty, tmp_path / "server.log").__enter__()
+
+
+def assert_demo_succeeded(result, out):
+    """The printed table, summary.json with everything it promises, and the pictures."""
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^[01] of 1 flights succeeded", result.stdout, re.MULTILINE)
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    (flight,) = summary["flights"]
+    assert set(flight) == {
+        "task",
+        "instruction",
+        "kind",
+        "success",
+        "final_distance_m",
+        "final_yaw_error_deg",
+        "segments",
+        "latency_ms_p50",
+        "latency_ms_p95",
+    }
+    (task,) = demo_tasks(1)
+    assert (flight["task"], flight["kind"], flight["instruction"]) == (task.task_id, task.kind, task.instruction)
+    assert flight["segments"] == 3
+    assert isinstance(flight["success"], bool)
+    assert summary["success_rate"] == float(flight["success"])
+    assert 0 < flight["latency_ms_p50"] <= flight["latency_ms_p95"]
+    assert 0 <= flight["final_yaw_error_deg"] <= 180
+    assert flight["final_distance_m"] >= 0
+    assert min(summary["bundle_mb"], summary["checkpoint_mb"], summary["server_rss_mb"]) > 0
+    for name in ("index.png", "test-000000.png", "test-000000_actions.json", "test-000000_poses.json", "server.log"):
+        assert (out / name).stat().st_size > 0
+    assert not list(out.glob("*.mp4"))
+
+
+def test_demo_serves_flies_and_says_how_it_went(tiny_checkpoint, tiny_bundle, tmp_path):
+    """Real server, real simulator; the bundle was exported before, which takes longer than the rest."""
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    (bundle / SOURCE_FILE).write_text(json.dumps(bundle_source(tiny_checkpoint)))
+    manifest = (bundle / "manifest.json").stat()
+    result = invoke("demo", "--checkpoint", tiny_checkpoint, "--out", tmp_path, "--tasks", 1, "--no-video")
+    assert_demo_succeeded(result, tmp_path)
+    assert (bundle / "manifest.json").stat().st_ino == manifest.st_ino  # nothing had changed, so the bundle was kept
+
+
+@pytest.mark.slow
+def test_demo_flies_the_packaged_checkpoint(tmp_path):
+    result = invoke("demo", "--out", tmp_path, "--tasks", 1, "--no-video")
+    assert_demo_succeeded(result, tmp_path)
+    assert (tmp_path / "bundle" / SOURCE_FILE).is_file()
+    assert json.loads((tmp_path / "summary.json").read_text())["model"] == "nano"

@@ -37,9 +37,7 @@ def flights() -> FlightSet:
     return FlightSet(
         frames=np.stack([np.stack(random_frames(CONFIG, 13, seed=i)) for i in range(6)]),
         deltas=deltas,
-        poses=np.zeros((6, 13, 6)),
         instructions=("fly forward",) * 6,
-        kinds=("forward",) * 6,
     )
 
 

@@ -70,14 +70,12 @@ def flights(
     perturb: bool | None,
     as_json: bool,
 ) -> None:
-    """Fly the expert and write shards of frames, actions and instructions. Shards already there are kept.
+    """Fly the expert and write shards of frames, actions and instructions. The same options go on after a stop.
 
     Example: worldvln-edge sim flights --split train --count 4096 --out flights/train --workers 2 --image-size 64
     """
-    from worldvln_edge.training.sim.camera import RenderingUnavailableError
     from worldvln_edge.training.sim.flights import FlightsConfig, generate_flights
     from worldvln_edge.training.sim.perturbation import PerturbationConfig
-    from worldvln_edge.training.sim.shards import FlightDataError
 
     wants_pushes = split == "train" if perturb is None else perturb
     config = FlightsConfig(
@@ -87,10 +85,7 @@ def flights(
         dynamics=dynamics,
         perturbation=PerturbationConfig() if wants_pushes else None,
     )
-    try:
-        shards = generate_flights(config, count, out, workers=workers)
-    except (FlightDataError, RenderingUnavailableError) as error:
-        raise click.ClickException(str(error)) from error
+    shards = generate_flights(config, count, out, workers=workers)
     if as_json:
         click.echo(json.dumps({"out": str(out), "flights": count, "shards": len(shards), "split": split}))
     else:

@@ -6,7 +6,6 @@ Source: spec/training.md 8.1, 8.6.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -17,17 +16,23 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from worldvln_edge.atomic import atomic_file
 from worldvln_edge.poses import actions_between
 from worldvln_edge.tasks import Task
 from worldvln_edge.training.sim.perturbation import PerturbationConfig, perturb_path
-from worldvln_edge.training.sim.shards import FlightDataError
+from worldvln_edge.training.sim.shards import (
+    SETTINGS_FILE,
+    FlightDataError,
+    present_shards,
+    refuse_foreign_shards,
+    shard_sizes,
+)
 from worldvln_edge.training.sim.simulator import Simulator
 from worldvln_edge.training.sim.tasks import Split, generate_task, score_flight
 
-_FORMAT = 1
+_FORMAT = 2
 _PERTURBED_CLEARANCE_M = 0.15
 _PERTURBED_DRAWS = 12
-SETTINGS_FILE = "flights.json"
 
 
 @dataclass(frozen=True)
@@ -98,12 +103,12 @@ def fly_expert(
 def generate_flights(
     config: FlightsConfig, count: int, out_dir: str | Path, *, workers: int = 2, show_progress: bool = True
 ) -> list[Path]:
-    """Fly tasks 0 .. count-1 of a split and write them as shards; shards that are already there are kept.
+    """Fly tasks 0 .. count-1 of a split and write them as shards. The same call goes on with an unfinished folder.
 
     Args:
         config: split, frame size, shard size, dynamics, perturbation.
         count: flights in all.
-        out_dir: folder of the shards; made if missing. It may hold shards of an earlier, unfinished run.
+        out_dir: folder of the shards; made if missing. It may hold shards of the same run, which are kept.
         workers: processes; one per core.
         show_progress: a bar on stderr.
 
@@ -111,38 +116,32 @@ def generate_flights(
         Paths of all shards, in order.
 
     Raises:
-        FlightDataError: the folder holds flights of other settings.
+        FlightDataError: the folder holds flights of another run: another count, other settings, or unknown ones.
     """
     if count < 1 or workers < 1:
         raise ValueError(f"count and workers must be >= 1, found {count} and {workers}")
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    _claim_folder(folder, config)
-    firsts = range(0, count, config.shard_flights)
-    shards = {first: min(config.shard_flights, count - first) for first in firsts}
-    paths = {first: folder / f"flights-{first:07d}-{size:04d}.npz" for first, size in shards.items()}
-    missing = [first for first in shards if not paths[first].exists()]
+    shards = shard_sizes(count, config.shard_flights)
+    _claim_folder(folder, config, count)
+    refuse_foreign_shards(folder, [path.name for path in present_shards(folder)], shards)
+    missing = [name for name in shards if not (folder / name).exists()]
     with tqdm(total=count, unit="flight", disable=not show_progress, smoothing=0.1) as bar:
-        bar.update(count - sum(shards[first] for first in missing))
+        bar.update(count - sum(shards[name][1] for name in missing))
         if workers == 1:
-            for first in missing:
-                bar.update(_write_shard(config, first, shards[first], paths[first]))
+            for name in missing:
+                bar.update(_write_shard(config, *shards[name], folder / name))
         elif missing:
             # Spawned, not forked: a fork would share the parent's OpenGL state.
             with ProcessPoolExecutor(min(workers, len(missing)), mp_context=get_context("spawn")) as pool:
-                jobs = [pool.submit(_write_shard, config, first, shards[first], paths[first]) for first in missing]
+                jobs = [pool.submit(_write_shard, config, *shards[name], folder / name) for name in missing]
                 try:
                     for job in as_completed(jobs):
                         bar.update(job.result())
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise
-    # A run with a smaller count left a short last shard; the full one replaces it.
-    for path in folder.glob("flights-*.npz"):
-        first = int(path.stem.split("-")[1])
-        if first in paths and path != paths[first]:
-            path.unlink()
-    return list(paths.values())
+    return [folder / name for name in shards]
 
 
 def _perturbed(
@@ -190,33 +189,37 @@ def _write_shard(config: FlightsConfig, first: int, count: int, path: Path) -> i
         "landmarks": np.array([flight.task.landmark or "" for flight in flights]),
         "task_indices": np.arange(first, first + count, dtype=np.int64),
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as building:
+        np.savez(building, **arrays)
     return count
 
 
-def _claim_folder(folder: Path, config: FlightsConfig) -> None:
-    """Write the settings beside the shards, or refuse a folder whose shards were made with others."""
+def _claim_folder(folder: Path, config: FlightsConfig, count: int) -> None:
+    """Write what the run is beside its shards, or refuse a folder that holds another."""
     # Through JSON, so that tuples compare equal to what the file holds.
-    settings = json.loads(json.dumps({"format": _FORMAT, **asdict(config)}))
+    settings = json.loads(json.dumps({"format": _FORMAT, "count": count, **asdict(config)}))
     file = folder / SETTINGS_FILE
-    if file.exists():
-        try:
-            found = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise FlightDataError(f"{file}: not JSON ({error}); use another folder") from error
-        if found != settings:
-            changed = sorted(key for key in settings if found.get(key) != settings[key])
-            raise FlightDataError(
-                f"{folder} holds flights with other settings ({', '.join(changed)} differ); "
-                "use another folder, or the same settings"
-            )
+    if not file.exists():
+        if present_shards(folder):
+            raise FlightDataError(f"{folder} holds shards but no {SETTINGS_FILE} that says of which run; use another")
+        with atomic_file(file) as building:
+            building.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         return
-    temporary = folder / f".{SETTINGS_FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps(settings, indent=1) + "\n")
-    temporary.replace(file)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FlightDataError(f"{file}: not JSON ({error}); use another folder") from error
+    if found != settings:
+        raise FlightDataError(
+            f"{folder} holds flights of another run ({_difference(found, settings)}); "
+            "use another folder, or the same options"
+        )
+
+
+def _difference(found: Any, settings: dict[str, Any]) -> str:
+    """What two runs differ in, for a person."""
+    if not isinstance(found, dict):
+        return f"{SETTINGS_FILE} holds no settings"
+    keys = [key for key in {**settings, **found} if found.get(key) != settings.get(key)]
+    shown = [f"{key} is {json.dumps(found.get(key))} there and {json.dumps(settings.get(key))} here" for key in keys]
+    return "; ".join(shown)

@@ -1,0 +1,101 @@
+"""A bundle that is exported again exactly when something that it is made from has changed.
+
+Exporting takes half a minute or more, so a bundle is kept; but a kept bundle must never stand for another checkpoint or
+for an older exporter. Beside its files lies `source.json`: the hash of every file of the checkpoint, of the code that
+exports, and the versions of the packages that do the work. The exporter replaces a bundle's folder in whole, so a
+bundle that was exported by other means has no `source.json` and is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from worldvln_edge.atomic import atomic_file
+from worldvln_edge.bundle import Bundle, BundleError, file_entry
+
+SOURCE_FILE = "source.json"
+_CODE = ("worldvln_edge", "worldvln_edge.models", "worldvln_edge.export", "worldvln_edge.runtime")
+_PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "transformers", "numpy")
+
+
+class ExportFailedError(RuntimeError):
+    """`worldvln-edge export` failed; it said why on stderr."""
+
+
+def ensure_bundle(checkpoint: Path, bundle: Path) -> None:
+    """Export `checkpoint` to `bundle`, unless a whole bundle of this very checkpoint and exporter lies there.
+
+    Args:
+        checkpoint: folder; all files directly in it count.
+        bundle: folder; a bundle there is replaced.
+
+    Raises:
+        ExportFailedError: the export failed.
+        FileNotFoundError: no such checkpoint folder.
+    """
+    source = bundle_source(checkpoint)
+    if _is_current(bundle, source):
+        return
+    export_bundle(checkpoint, bundle)
+    with atomic_file(bundle / SOURCE_FILE) as building:
+        building.write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
+
+
+def bundle_source(checkpoint: Path) -> dict[str, Any]:
+    """What a bundle is made from, as JSON: the checkpoint's files, the exporter's code, the packages it uses."""
+    files = sorted(path for path in checkpoint.iterdir() if path.is_file())
+    return {
+        "checkpoint": {path.name: file_entry(path).sha256 for path in files},
+        "code": _code_sha256(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def export_bundle(checkpoint: Path, bundle: Path) -> None:
+    """`worldvln-edge export` as a process of its own; its progress is shown on stderr.
+
+    Raises:
+        ExportFailedError: it failed.
+    """
+    command = [sys.executable, "-m", "worldvln_edge", "export", "--checkpoint", str(checkpoint), "--out", str(bundle)]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+    if done.returncode != 0:
+        raise ExportFailedError(
+            f"the export of {checkpoint} ended with status {done.returncode}; the reason stands above"
+        )
+
+
+def _is_current(bundle: Path, source: dict[str, Any]) -> bool:
+    try:
+        if json.loads((bundle / SOURCE_FILE).read_text(encoding="utf-8")) != source:
+            return False
+        Bundle.open(bundle)
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, BundleError):  # no record, or no whole bundle
+        return False
+    return True
+
+
+def _code_sha256() -> str:
+    """Of all Python files of the rooms that take part in an export; sub-packages are named one by one."""
+    digest = hashlib.sha256()
+    for package in _CODE:
+        spec = find_spec(package)
+        assert spec is not None  # this module lives beside them
+        for folder in spec.submodule_search_locations or ():
+            for path in sorted(Path(folder).glob("*.py")):
+                digest.update(f"{package}/{path.name} {file_entry(path).sha256}\n".encode())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
