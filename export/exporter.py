@@ -1,333 +1,233 @@
-"""Export: a checkpoint folder to a bundle, graph by graph.
+"""Export: a checkpoint to a bundle, in the memory of one tensor.
 
+Graphs are traced from shapes alone; then the weights stream from the checkpoint into the bundle's weight file, cast and
+quantised on the way. A run that was stopped goes on behind the last complete tensor.
 Source: runtime/graphs.py (names, inputs and outputs of every graph).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import onnx
-import torch
-from torch import Tensor, nn
-from torch.export import Dim
+import onnx_ir as ir
 
 from worldvln_edge import __version__
-from worldvln_edge.atomic import atomic_directory
+from worldvln_edge.atomic import resumable_directory
 from worldvln_edge.bundle import (
     MANIFEST_FILE,
     SCHEMA,
     TOKENIZER_FILE,
+    CastLoss,
     FileEntry,
     GraphEntry,
     Manifest,
+    TensorSpec,
     file_entry,
     write_manifest,
 )
-from worldvln_edge.config import ModelConfig, TimesFormerConfig
-from worldvln_edge.export.action_graphs import AdapterGraph, RgbGraph, WindowsGraph
-from worldvln_edge.export.onnx_file import OPSET, WEIGHTS_FILE, SharedWeights, export_module, tensor_specs
-from worldvln_edge.export.text_graph import TextGraph
-from worldvln_edge.export.video_vae_graphs import DecoderGraph, EncoderGraph, PixelsGraph
-from worldvln_edge.export.world_model_graphs import ContextGraph, LatentEmbedGraph, StepGraph
-from worldvln_edge.models.video_vae import decoder_state_shapes, encoder_state_shapes
-from worldvln_edge.models.worldvln import Checkpoint, WorldVLN, load_checkpoint
-from worldvln_edge.runtime import graphs
-from worldvln_edge.scale_schedule import ScaleSchedule
+from worldvln_edge.export.calibration import Calibration
+from worldvln_edge.export.graph_sources import guidance_rows, kv_capacity
+from worldvln_edge.export.graph_tracer import GraphTracer
+from worldvln_edge.export.planned_tensor import CastReports
+from worldvln_edge.export.precision import Precision, PrecisionError
+from worldvln_edge.export.quantise import quantise_graph
+from worldvln_edge.export.tracing import ExportError, TracedGraph
+from worldvln_edge.export.weight_file import WEIGHTS_FILE, Progress, WeightFile
+from worldvln_edge.export.world_model_graphs import KVFlavour
+from worldvln_edge.models.checkpoint_source import CheckpointSource
 
-PRECISION = "fp32"
-
-
-@dataclass(frozen=True, kw_only=True)
-class GraphSource:
-    """All that is needed to trace one graph."""
-
-    name: str
-    module: nn.Module
-    example: tuple[Tensor, ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    dynamic: dict[str, dict[int, object]]
-
-    def trace(self) -> onnx.ModelProto:
-        return export_module(
-            self.name, self.module, self.example, inputs=self.inputs, outputs=self.outputs, dynamic=self.dynamic
-        )
+WEIGHTS_PROPERTY = "worldvln.weights"
+"""Metadata of a graph file: JSON, initializer -> `PlannedTensor.identity`, for `verify`."""
 
 
 def export_bundle(
-    checkpoint_folder: Path, out: Path, *, progress: Callable[[str, int, int], None] | None = None
+    source: CheckpointSource,
+    out: Path,
+    *,
+    precision: Precision | None = None,
+    kv: KVFlavour = "inplace",
+    calibration: Calibration | None = None,
+    tracer: GraphTracer | None = None,
+    progress: Progress | None = None,
 ) -> Manifest:
     """Write a bundle, whole or not at all.
 
     Args:
-        checkpoint_folder: see `models/worldvln.py`.
-        out: bundle folder; an existing one is replaced.
-        progress: called with (graph name, index, number of graphs) before every graph.
+        source: the checkpoint.
+        out: bundle folder; an existing one is replaced. What a stopped export left beside it is taken up again.
+        precision: default fp32.
+        kv: flavour of the KV cache, see `world_model_graphs`.
+        calibration: ranges of activations, for the precisions that need them.
+        tracer: pass the same one to several exports of a model, and they share the tracing.
+        progress: what is being done.
 
     Raises:
         CheckpointError, ConfigError: unusable checkpoint.
-        ExportError: a graph that does not export.
+        PrecisionError: a calibration is needed, or is of another model.
+        ExportError: a graph that does not export, weights that do not fit the precision, or not enough disk.
+        FolderInUseError: `out` holds something else.
     """
-    checkpoint = load_checkpoint(checkpoint_folder)
-    config = checkpoint.config
-    sources = list(graph_sources(checkpoint.model))
-    with atomic_directory(out, MANIFEST_FILE) as folder:
-        weights = SharedWeights(folder)
-        entries: dict[str, GraphEntry] = {}
-        for index, source in enumerate(sources):
-            if progress is not None:
-                progress(source.name, index, len(sources))
-            model = source.trace()
-            file = f"{source.name}.onnx"
-            weights.store(model, file)
-            entries[source.name] = GraphEntry(
-                file=file,
-                opset=OPSET,
-                precision=PRECISION,
-                inputs=tensor_specs(model.graph.input),
-                outputs=tensor_specs(model.graph.output),
-            )
-        weights.close()
-        shutil.copyfile(checkpoint.tokenizer_file, folder / TOKENIZER_FILE)
+    precision = precision or Precision(name="fp32")
+    if precision.needs_calibration and calibration is None:
+        raise PrecisionError(
+            f"precision {precision.name} needs the ranges of activations; make them with `worldvln-edge calibrate` and "
+            "pass the file with --calibration" + (", or choose --int4-method rtn" if precision.name == "int4" else "")
+        )
+    reports = CastReports()
+    with resumable_directory(out, MANIFEST_FILE) as folder:
+        fingerprint = source.fingerprint()
+        if calibration is not None and precision.needs_calibration:
+            calibration.check_model(source.config, fingerprint)
+        entries = export_graphs(
+            source,
+            folder,
+            run=fingerprint,
+            precision=precision,
+            kv=kv,
+            calibration=calibration,
+            reports=reports,
+            tracer=tracer,
+            progress=progress,
+        )
+        shutil.copyfile(source.tokenizer_file, folder / TOKENIZER_FILE)
+        if progress is not None:
+            progress("hashes", 1, 1)
         files: dict[str, FileEntry] = {
             name: file_entry(folder / name)
             for name in sorted([WEIGHTS_FILE, TOKENIZER_FILE, *(entry.file for entry in entries.values())])
         }
-        manifest = _manifest(checkpoint, config, entries, files)
+        manifest = Manifest(
+            schema=SCHEMA,
+            created_by=f"worldvln-edge {__version__}",
+            checkpoint_sha256=fingerprint,
+            precision=precision.name,
+            compute=precision.compute,
+            kv_flavour=kv,
+            calibration=calibration.description if calibration and precision.needs_calibration else None,
+            cast_losses=tuple(
+                CastLoss(tensor=r.key, dtype=r.dtype, flushed=r.flushed, largest=r.largest)
+                for r in reports.losses.values()
+            ),
+            model=source.config,
+            guidance_rows=guidance_rows(source.config),
+            kv_capacity=kv_capacity(source.config),
+            latent_head_stats=source.stats.latent_head if source.stats else None,
+            rgb_head_stats=source.stats.rgb_head if source.stats else None,
+            graphs=entries,
+            files=files,
+        )
         write_manifest(folder, manifest)
     return manifest
 
 
-def _manifest(
-    checkpoint: Checkpoint, config: ModelConfig, entries: dict[str, GraphEntry], files: dict[str, FileEntry]
-) -> Manifest:
-    return Manifest(
-        schema=SCHEMA,
-        created_by=f"worldvln-edge {__version__}",
-        checkpoint_sha256=file_entry(checkpoint.tensor_file).sha256,
-        precision=PRECISION,
-        model=config,
-        guidance_rows=guidance_rows(config),
-        kv_capacity=kv_capacity(config),
-        latent_head_stats=checkpoint.stats.latent_head,
-        rgb_head_stats=checkpoint.stats.rgb_head,
-        graphs=entries,
-        files=files,
-    )
+def export_graphs(
+    source: CheckpointSource,
+    folder: Path,
+    *,
+    run: str,
+    precision: Precision,
+    kv: KVFlavour,
+    calibration: Calibration | None,
+    reports: CastReports,
+    tracer: GraphTracer | None = None,
+    names: Collection[str] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, GraphEntry]:
+    """Write graph files and their weight file.
 
+    Args:
+        source: the checkpoint.
+        folder: takes the files; what a stopped run of the same work left there is taken up.
+        run: names the checkpoint, for that.
+        precision, kv, calibration, tracer: see `export_bundle`.
+        reports: takes what casts lose.
+        names: of the graphs; None writes all.
+        progress: see `export_bundle`.
 
-def guidance_rows(config: ModelConfig) -> int:
-    """Rows of the cache: guidance weight 1 needs no unconditional row."""
-    return 1 if config.generation.cfg == 1 else 2
+    Returns:
+        What the manifest says of every graph.
 
-
-def kv_capacity(config: ModelConfig) -> int:
-    """Most entries that are visible at once: text, references and the step's own tokens."""
-    latent_frames = 1 + (config.horizon.num_frames - 1) // config.video_vae.temporal_stride
-    schedule = ScaleSchedule(config.schedule, latent_frames)
-    most = 0
-    for step in schedule.steps():
-        references = schedule.references_of_scale(step.clip, step.scale)
-        most = max(most, step.tokens + sum(schedule.last_step(*key).tokens for key in references))
-    return config.world_model.text_max_tokens + most
-
-
-def graph_sources(model: WorldVLN) -> Iterator[GraphSource]:
-    """Every graph of a bundle. Example sizes are all different, so that no two axes are taken for one."""
-    yield from _text_and_world_model(model)
-    yield from _vae(model)
-    yield from _action_heads(model)
-
-
-def _text_and_world_model(model: WorldVLN) -> Iterator[GraphSource]:
-    config, world = model.config, model.config.world_model
-    rows, capacity = guidance_rows(config), kv_capacity(config)
-    length = Dim("text_tokens", min=1, max=world.text_max_tokens)
-    yield GraphSource(
-        name=graphs.TEXT_ENCODER,
-        module=TextGraph(model.text_encoder, model.world_model),
-        example=(torch.ones(1, 7, dtype=torch.int64),),
-        inputs=("ids",),
-        outputs=("text_embeds", "uncond_embeds"),
-        dynamic={"ids": {1: length}},
-    )
-    tokens = Dim("tokens", min=1, max=capacity)
-    yield GraphSource(
-        name=graphs.LATENT_EMBED,
-        module=LatentEmbedGraph(model.world_model),
-        example=(torch.zeros(rows, 11, world.latent_channels),),
-        inputs=("latents",),
-        outputs=("embeds",),
-        dynamic={"latents": {1: tokens}},
-    )
-    stems = graphs.cache_stems(world.depth)
-    past, present = tuple(f"past_{s}" for s in stems), tuple(f"present_{s}" for s in stems)
-
-    def caches() -> tuple[Tensor, ...]:
-        return tuple(torch.zeros(rows, world.kv_heads, capacity, world.head_dim) for _ in stems)
-
-    def position(value: int) -> Tensor:
-        return torch.full((rows,), value, dtype=torch.int64)
-
-    yield GraphSource(
-        name=graphs.WORLD_MODEL_CONTEXT,
-        module=ContextGraph(model.world_model),
-        example=(
-            torch.zeros(rows, 11, world.width),
-            torch.zeros(2, 11, world.head_dim // 2),
-            position(0),
-            position(11),
-            *caches(),
-        ),
-        inputs=("embeds", "rope", "write_index", "kv_length", *past),
-        outputs=present,
-        dynamic={"embeds": {1: tokens}, "rope": {1: tokens}},
-    )
-    frames, h, w = Dim("frames", min=1), Dim("rows", min=1), Dim("cols", min=1)
-    t_, h_, w_ = 3, 2, 5
-    full_h, full_w = config.schedule.latent_hw
-    bits = world.semantic_bits + world.detail_bits
-    generation = config.generation
-    yield GraphSource(
-        name=graphs.WORLD_MODEL_STEP,
-        module=StepGraph(
-            model.world_model,
-            guidance_rows=rows,
-            norm_threshold=generation.apg_norm_threshold,
-            eta=generation.apg_eta,
-        ),
-        example=(
-            torch.zeros(1, world.latent_channels, t_, full_h, full_w),
-            torch.zeros(h_, full_h),
-            torch.zeros(w_, full_w),
-            torch.zeros(world.latent_channels, bits),
-            torch.zeros(full_h, h_),
-            torch.zeros(full_w, w_),
-            torch.ones(bits),
-            torch.tensor(0.25),
-            torch.tensor(2.5),
-            torch.tensor(3.0),
-            torch.zeros(t_, h_, w_, bits),
-            torch.ones(t_, h_, w_, bits),
-            torch.tensor(0.0),
-            torch.zeros(2, t_, h_, w_, world.head_dim // 2),
-            position(0),
-            position(t_ * h_ * w_),
-            *caches(),
-        ),
-        inputs=(*graphs.STEP_INPUTS, *past),
-        outputs=("next_codes", "bits", "probabilities", *present),
-        dynamic={
-            "codes": {2: frames},
-            "area_h": {0: h},
-            "area_w": {0: w},
-            "up_h": {1: h},
-            "up_w": {1: w},
-            "uniforms": {0: frames, 1: h, 2: w},
-            "forced_bits": {0: frames, 1: h, 2: w},
-            "rope": {1: frames, 2: h, 3: w},
-        },
-    )
-
-
-def _vae(model: WorldVLN) -> Iterator[GraphSource]:
-    vae, config = model.vae, model.config.video_vae
-    height, width = model.config.image_hw
-    rows, cols = model.config.schedule.latent_hw
-    stride, feature_hw = config.temporal_stride, (height // config.pixel_patch, width // config.pixel_patch)
-    groups = Dim("groups", min=1)
-
-    def states(shapes: list[tuple[int, int, int, int, int]]) -> tuple[Tensor, ...]:
-        return tuple(torch.zeros(shape) for shape in shapes)
-
-    def names(prefix: str, count: int) -> tuple[str, ...]:
-        return tuple(f"{prefix}_{i}" for i in range(count))
-
-    def source(stem: str, is_first: bool, module: nn.Module, example, inputs, output, state_shapes, dynamic):
-        count = len(state_shapes)
-        return GraphSource(
-            name=graphs.first_or_next(stem, is_first),
-            module=module,
-            example=example if is_first else (*example, *states(state_shapes)),
-            inputs=inputs if is_first else (*inputs, *names("state", count)),
-            outputs=(output, *names("next_state", count)),
-            dynamic={} if is_first else dynamic,
+    Raises:
+        See `export_bundle`.
+    """
+    rgb_head = "rgb_head" not in source.missing_parts
+    traced = list(
+        (tracer or GraphTracer()).graphs(
+            source.config, precision, kv, reports, rgb_head=rgb_head, names=names, progress=progress
         )
-
-    encoder_states = encoder_state_shapes(config, 1, (height, width))
-    decoder_states = decoder_state_shapes(config, 1, (height, width), pixels=True)
-    for is_first in (True, False):
-        latents = 1 if is_first else 3
-        frames = 1 if is_first else stride * latents
-        codes = torch.zeros(1, config.raw_channels, latents, rows, cols)
-        features = torch.zeros(1, config.feature_channels, frames, *feature_hw)
-        yield source(
-            graphs.VAE_ENCODER,
-            is_first,
-            EncoderGraph(vae, is_first),
-            (torch.zeros(1, 3, frames, height, width),),
-            ("frames",),
-            "latents",
-            encoder_states,
-            {"frames": {2: stride * groups}},
-        )
-        yield source(
-            graphs.VAE_DECODER,
-            is_first,
-            DecoderGraph(vae, is_first),
-            (codes,),
-            ("codes",),
-            "features",
-            decoder_states[:-1],
-            {"codes": {2: groups}},
-        )
-        yield source(
-            graphs.VAE_PIXELS,
-            is_first,
-            PixelsGraph(vae, is_first),
-            (features, codes.clone()),
-            ("features", "codes"),
-            "pixels",
-            decoder_states[-1:],
-            {"features": {2: stride * groups}, "codes": {2: groups}},
-        )
-
-
-def _action_heads(model: WorldVLN) -> Iterator[GraphSource]:
-    config, vae = model.config.action_decoder, model.config.video_vae
-    height, width = model.config.image_hw
-    frames = Dim("frames", min=1)
-
-    def windows(head: TimesFormerConfig) -> Dim:
-        return Dim("frames", min=head.window + 1)  # tracing takes a single window for a constant
-
-    yield GraphSource(
-        name=graphs.ACTION_ADAPTER,
-        module=AdapterGraph(model.latent_head),
-        example=(torch.zeros(1, vae.feature_channels, 5, height // vae.pixel_patch, width // vae.pixel_patch),),
-        inputs=("features",),
-        outputs=("tokens",),
-        dynamic={"features": {2: frames}},
     )
-    yield GraphSource(
-        name=graphs.ACTION_HEAD,
-        module=WindowsGraph(model.latent_head.tsformer),
-        example=(
-            torch.zeros(config.latent_head.window + 5, config.latent_head.tokens_per_frame, config.latent_head.width),
-        ),
-        inputs=("tokens",),
-        outputs=("logits",),
-        dynamic={"tokens": {0: windows(config.latent_head)}},
+    for graph in traced:
+        quantise_graph(graph, precision, calibration, reports)
+    weights = WeightFile(tensor for graph in traced for tensor in graph.weights.values())
+    weights.write(
+        folder,
+        source.tensor,
+        reports,
+        run=_run_name(run, precision, kv, calibration, weights),
+        progress=progress,
     )
-    yield GraphSource(
-        name=graphs.RGB_HEAD,
-        module=RgbGraph(model.rgb_head),
-        example=(torch.zeros(config.rgb_head.window + 5, 3, *config.rgb_head.image_hw),),
-        inputs=("images",),
-        outputs=("logits",),
-        dynamic={"images": {0: windows(config.rgb_head)}},
+    if reports.overflows:
+        listed = ", ".join(f"{r.key} (up to {r.largest:.3g}, {r.overflowed} values)" for r in reports.overflows[:5])
+        raise ExportError(
+            f"{len(reports.overflows)} tensors do not fit float16: {listed}; export with --compute bf16 or fp32"
+        )
+    return {graph.name: _save(graph, folder, weights, precision) for graph in traced}
+
+
+def _run_name(
+    fingerprint: str, precision: Precision, kv: str, calibration: Calibration | None, weights: WeightFile
+) -> str:
+    parts = [__version__, fingerprint, repr(precision), kv, calibration.sha256 if calibration else "-"]
+    parts += [f"{identity}@{offset}" for identity, offset in weights.places.items()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _save(traced: TracedGraph, folder: Path, weights: WeightFile, precision: Precision) -> GraphEntry:
+    """Write the graph file, its tensors pointing into the weight file, and check it."""
+    for name, tensor in traced.weights.items():
+        value = traced.model.graph.initializers[name]
+        value.const_value = ir.ExternalTensor(
+            location=WEIGHTS_FILE,
+            offset=weights.places[tensor.identity],
+            length=tensor.size_bytes,
+            dtype=tensor.dtype,
+            shape=ir.Shape(tensor.shape),
+            name=name,
+            base_dir=folder,
+        )
+    origins = {name: tensor.identity for name, tensor in traced.weights.items()}
+    traced.model.metadata_props[WEIGHTS_PROPERTY] = json.dumps(origins, separators=(",", ":"))
+    model = ir.to_proto(traced.model)
+    file = f"{traced.name}.onnx"
+    onnx.save_model(model, folder / file)
+    try:
+        onnx.checker.check_model(str(folder / file))
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"graph {traced.name} is not valid ONNX: {error}") from error
+    return GraphEntry(
+        file=file,
+        opset=next(entry.version for entry in model.opset_import if entry.domain == ""),
+        precision=precision.name if any(map(precision.quantised, _keys(traced))) else precision.compute,
+        inputs=tensor_specs(model.graph.input),
+        outputs=tensor_specs(model.graph.output),
     )
+
+
+def _keys(traced: TracedGraph) -> Iterator[str]:
+    return (tensor.key for tensor in traced.weights.values() if tensor.key is not None)
+
+
+def tensor_specs(values: Sequence[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
+    """Names, dtypes and shapes of graph inputs or outputs."""
+    specs = []
+    for value in values:
+        kind = value.type.tensor_type
+        shape = tuple(d.dim_param if d.dim_param else int(d.dim_value) for d in kind.shape.dim)
+        dtype = str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+        specs.append(TensorSpec(name=value.name, dtype=dtype, shape=shape))
+    return tuple(specs)

@@ -6,8 +6,13 @@ keeps one graph for all scales, and the heads are tiny beside the blocks.
 
 Legend: B guidance rows, n tokens = T*h*w, C width, D latent channels, H W latent grid, M cache capacity,
 bits = semantic_bits + detail_bits.
-Source: spec/world_model.md 2.3, 6; ONNX opset 24 (TensorScatter, Attention with nonpad_kv_seqlen).
+Two flavours of the cache have the same inputs and outputs: `inplace` uses the operators of opset 24 (TensorScatter,
+Attention with nonpad_kv_seqlen), `portable` spells both out in plain operators for engines that do not have them.
+
+Source: spec/world_model.md 2.3, 2.6 (dtypes), 6.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +20,9 @@ from torch import Tensor, nn
 from worldvln_edge.models.world_model import Block, WorldModel, rotate
 
 ATTENTION_OPSET = 24
+
+
+KVFlavour = Literal["inplace", "portable"]
 
 
 def _scatter(cache_BHMD: Tensor, update_BHnD: Tensor, write_index_B: Tensor) -> Tensor:
@@ -39,53 +47,88 @@ def _attend(q_BHnD: Tensor, key_BHMD: Tensor, value_BHMD: Tensor, kv_length_B: T
     )
 
 
-class _CachedBlocks(nn.Module):
-    """All blocks over a fixed cache. `kv_only_last` skips what nobody reads of the last block in a context pass."""
+def _scatter_plainly(cache_BHMD: Tensor, update_BHnD: Tensor, write_index_B: Tensor) -> Tensor:
+    rows, heads, tokens = update_BHnD.shape[:3]
+    places_BHn = (write_index_B[:, None, None] + torch.arange(tokens)).expand(rows, heads, tokens)
+    rows_BHn = torch.arange(rows)[:, None, None].expand(rows, heads, tokens)
+    heads_BHn = torch.arange(heads)[None, :, None].expand(rows, heads, tokens)
+    return torch.onnx.ops.symbolic(
+        "ScatterND",
+        (cache_BHMD, torch.stack((rows_BHn, heads_BHn, places_BHn), -1), update_BHnD),
+        attrs={"reduction": "none"},
+        dtype=cache_BHMD.dtype,
+        shape=cache_BHMD.shape,
+    )
 
-    def __init__(self, model: WorldModel):
+
+def _attend_plainly(q_BHnD: Tensor, key_BHMD: Tensor, value_BHMD: Tensor, kv_length_B: Tensor) -> Tensor:
+    heads, size = q_BHnD.shape[1], q_BHnD.shape[3]
+    kv_heads, capacity = key_BHMD.shape[1:3]
+    # The query heads of a group share their key head by broadcasting: no key is repeated.
+    q = (q_BHnD * size**-0.5).unflatten(1, (kv_heads, heads // kv_heads))
+    hidden = torch.arange(capacity) >= kv_length_B[:, None, None, None, None]
+    lowest = torch.full((), torch.finfo(q.dtype).min, dtype=q.dtype)
+    scores = torch.where(hidden, lowest, torch.matmul(q, key_BHMD[:, :, None].transpose(3, 4)))
+    weights = torch.softmax(scores.float(), -1).to(q.dtype)
+    return torch.matmul(weights, value_BHMD[:, :, None]).flatten(1, 2)
+
+
+class BlockGraph(nn.Module):
+    """One block over its two caches. With `only_kv` it writes keys and values and computes nothing else.
+
+    x [B, n, C], past_key and past_value [B, kv_heads, M, hd] -> (x unless `only_kv`), present_key, present_value
+    """
+
+    def __init__(self, block: Block, *, kv: KVFlavour, only_kv: bool):
         super().__init__()
-        self.blocks = nn.ModuleList(model.iterate_blocks())
+        self.block, self.only_kv = block, only_kv
+        self.scatter, self.attend = (_scatter, _attend) if kv == "inplace" else (_scatter_plainly, _attend_plainly)
 
     def forward(
         self,
-        x_BnC: Tensor,
+        x: Tensor,
         rope: Tensor,
         write_index: Tensor,
         kv_length: Tensor,
-        caches: tuple[Tensor, ...],
-        kv_only_last: bool,
-    ) -> tuple[Tensor, list[Tensor]]:
-        present: list[Tensor] = []
-        for index, block in enumerate(self.blocks):
-            only_kv = kv_only_last and index == len(self.blocks) - 1
-            past = caches[2 * index : 2 * index + 2]
-            x_BnC, own = _run_block(block, x_BnC, rope, write_index, kv_length, past, only_kv)
-            present.extend(own)
-        return x_BnC, present
+        past_key: Tensor,
+        past_value: Tensor,
+    ):
+        block, attn = self.block, self.block.attn
+        h = block.input_layernorm(x)
+
+        def heads(y: Tensor) -> Tensor:
+            return y.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
+
+        key = self.scatter(past_key, rotate(attn.k_norm(heads(attn.k_proj(h))), rope), write_index)
+        value = self.scatter(past_value, heads(attn.v_proj(h)), write_index)
+        if self.only_kv:
+            return key, value
+        q = rotate(attn.q_norm(heads(attn.q_proj(h))), rope)
+        x = x + attn.o_proj(self.attend(q, key, value, kv_length).transpose(1, 2).flatten(2))
+        return x + block.mlp(block.post_attention_layernorm(x)), key, value
 
 
-def _run_block(
-    block: Block,
-    x_BnC: Tensor,
-    rope: Tensor,
-    write_index: Tensor,
-    kv_length: Tensor,
-    past: tuple[Tensor, ...],
-    only_kv: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    attn = block.attn
-    h = block.input_layernorm(x_BnC)
+BLOCKS_DOMAIN, BLOCKS_OP = "worldvln", "Blocks"
 
-    def heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
 
-    key = _scatter(past[0], rotate(attn.k_norm(heads(attn.k_proj(h))), rope), write_index)
-    value = _scatter(past[1], heads(attn.v_proj(h)), write_index)
-    if only_kv:
-        return x_BnC, (key, value)
-    q = rotate(attn.q_norm(heads(attn.q_proj(h))), rope)
-    x_BnC = x_BnC + attn.o_proj(_attend(q, key, value, kv_length).transpose(1, 2).flatten(2))
-    return x_BnC + block.mlp(block.post_attention_layernorm(x_BnC)), (key, value)
+def _blocks(
+    x_BnC: Tensor, rope: Tensor, write_index: Tensor, kv_length: Tensor, caches: tuple[Tensor, ...], *, only_kv: bool
+) -> tuple[Tensor, ...]:
+    """All blocks as one node, which `tracing.py` replaces by copies of a traced `BlockGraph`: they are all alike.
+
+    Returns:
+        x, unless only the keys and values are wanted; then the caches.
+    """
+    outputs = caches if only_kv else (x_BnC, *caches)
+    return tuple(
+        torch.onnx.ops.symbolic_multi_out(
+            f"{BLOCKS_DOMAIN}::{BLOCKS_OP}",
+            (x_BnC, rope, write_index, kv_length, *caches),
+            dtypes=[output.dtype for output in outputs],
+            shapes=[output.shape for output in outputs],
+            version=1,
+        )
+    )
 
 
 class ContextGraph(nn.Module):
@@ -93,11 +136,10 @@ class ContextGraph(nn.Module):
 
     def __init__(self, model: WorldModel):
         super().__init__()
-        self.cached = _CachedBlocks(model)
+        self.dtype = model.block_dtype
 
     def forward(self, embeds: Tensor, rope: Tensor, write_index: Tensor, kv_length: Tensor, *caches: Tensor):
-        _, present = self.cached(embeds, rope, write_index, kv_length, caches, True)
-        return tuple(present)
+        return _blocks(embeds.to(self.dtype), rope, write_index, kv_length, caches, only_kv=True)
 
 
 class LatentEmbedGraph(nn.Module):
@@ -117,7 +159,7 @@ class StepGraph(nn.Module):
     def __init__(self, model: WorldModel, *, guidance_rows: int, norm_threshold: float, eta: float):
         super().__init__()
         self.word_embed = model.word_embed
-        self.cached = _CachedBlocks(model)
+        self.dtype = model.block_dtype
         self.norm = model.norm_hidden_sates
         self.semantic_head = model.semantic_head2
         self.detail_head = model.head
@@ -148,8 +190,9 @@ class StepGraph(nn.Module):
         small = torch.matmul(torch.matmul(area_h, codes), area_w.transpose(0, 1))  # [1, D, T, h, w]
         tokens = small.permute(0, 2, 3, 4, 1).flatten(1, 3)
         x = self.word_embed(tokens).expand(self.rows, -1, -1)
-        hidden, present = self.cached(x, rope.flatten(1, 3), write_index, kv_length, caches, False)
-        z = self.norm(hidden)
+        flat_rope = rope.flatten(1, 3)
+        hidden, *present = _blocks(x.to(self.dtype), flat_rope, write_index, kv_length, caches, only_kv=False)
+        z = self.norm(hidden.float())
         heads = [head(z).unflatten(-1, (-1, 2)) for head in (self.semantic_head, self.detail_head)]
         logits = torch.cat(heads, 2) * (bit_mask[:, None] * inverse_tau)  # [B, n, bits, 2]
         guided = logits[0] if self.rows == 1 else self._guide(logits[0], logits[1], bit_mask, guidance)

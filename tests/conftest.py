@@ -43,7 +43,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bundle folder exported from `tiny_checkpoint`. Read-only: copy it before changing a file."""
     from worldvln_edge.export.exporter import export_bundle
+    from worldvln_edge.models.checkpoint_source import open_any
 
     folder = tmp_path_factory.mktemp("bundles") / "tiny"
-    export_bundle(tiny_checkpoint, folder)
+    export_bundle(open_any(tiny_checkpoint), folder)
     return folder

@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all: written beside their place, then moved in with one rename."""
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -25,17 +26,55 @@ def atomic_directory(target: Path, marker: str) -> Iterator[Path]:
     Raises:
         FolderInUseError: `target` is a file, or a folder with other things in it.
     """
+    target = _free_place(target, marker)
+    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".building", dir=target.parent))
+    try:
+        building.chmod(0o755)
+        yield building
+        _move_in(building, target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+@contextmanager
+def resumable_directory(target: Path, marker: str) -> Iterator[Path]:
+    """As `atomic_directory`, for work that takes long: what an interrupted run left behind is yielded again.
+
+    The folder that is being built lies beside `target` under a fixed name. It stays when the block ends with an error
+    or the process is killed; the next run finds it and decides what of it is still good.
+
+    Raises:
+        FolderInUseError: as `atomic_directory`, or another process is building the same folder.
+    """
+    target = _free_place(target, marker)
+    building = target.parent / f".{target.name}.unfinished"
+    building.mkdir(exist_ok=True)
+    with (target.parent / f".{target.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderInUseError(f"{target} is being written by another process; wait for it to end") from None
+        try:
+            yield building
+            _move_in(building, target)
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
+
+
+def _free_place(target: Path, marker: str) -> Path:
     target = Path(target).resolve()
     if target.exists() and not target.is_dir():
         raise FolderInUseError(f"{target} is a file; give the name of a folder")
     if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
         raise FolderInUseError(f"{target} holds other files (and no {marker}); give an empty or a new folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".building", dir=target.parent))
+    return target
+
+
+def _move_in(building: Path, target: Path) -> None:
+    """Put the finished folder in the place of an older one, which is deleted only then."""
     replaced = building.with_suffix(".replaced")
     try:
-        building.chmod(0o755)
-        yield building
         if target.exists():
             os.replace(target, replaced)
         os.replace(building, target)
@@ -44,7 +83,6 @@ def atomic_directory(target: Path, marker: str) -> Iterator[Path]:
             os.replace(replaced, target)
         raise
     finally:
-        shutil.rmtree(building, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
 
 

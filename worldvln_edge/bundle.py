@@ -1,7 +1,9 @@
 """Bundle: the folder that export writes and the runtime flies. `manifest.json` says what every file is.
 
 A bundle holds ONNX graphs, their weights, the tokenizer and the manifest. Nothing is loaded that the manifest does not
-name, and every file is checked against its sha256 before it is used.
+name, and every file is checked against its sha256 before it is used. `worldvln-edge build` adds engines below
+`engines/`, for one package version and one kind of GPU each; an engine is checked when it is asked for, so that a
+bundle with engines for many devices opens as fast as one without.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ import msgspec
 from worldvln_edge.action_windows import LabelStats
 from worldvln_edge.config import ModelConfig
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
+ENGINES_FOLDER = "engines"
 _BLOCK_BYTES = 1 << 20
 
 
@@ -45,6 +48,74 @@ class GraphEntry(msgspec.Struct, frozen=True, kw_only=True):
     outputs: tuple[TensorSpec, ...]
 
 
+class CastLoss(msgspec.Struct, frozen=True, kw_only=True):
+    """What a weight lost when it was stored in a narrower dtype."""
+
+    tensor: str
+    dtype: str
+    flushed: int
+    """Values other than zero that became zero."""
+    largest: float
+    """Largest absolute value."""
+
+
+class CalibrationEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """What the ranges of activations were measured on."""
+
+    source: str
+    """Folder or simulator command that the frames come from."""
+    flights: int
+    frames: int
+    sha256: str
+    """Of the calibration file."""
+
+
+class EngineEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One graph built for one package version and one kind of GPU."""
+
+    graph: str
+    backend: str
+    """Python package that built it and runs it: `tensorrt` or `tensorrt_rtx`."""
+    version: str
+    """Of that package; engines run in the very version that built them."""
+    compute_capability: str
+    """The GPU: `sm89`."""
+    file: str
+    """Below the bundle folder, with forward slashes."""
+    content: FileEntry
+    precision: str
+    """Number formats of the network, as the builder saw them: `fp16+fp32`."""
+    profiles: int
+    """Optimisation profiles; 0 when all shapes are fixed."""
+    build_seconds: float
+    peak_memory_bytes: int
+    """Highest resident memory of the building process."""
+    log: str
+    """The builder's messages, a file below the bundle folder."""
+    sources: dict[str, str]
+    """Bundle file -> sha256: the graph and the weights that went into the engine."""
+    parity: dict[str, float] = {}
+    """Measure -> value against PyTorch, on the device; empty for an engine that was built, not run."""
+
+
+class ParityResult(msgspec.Struct, frozen=True, kw_only=True):
+    """How the last `worldvln-edge verify` ended."""
+
+    result: str
+    """`passed`, `failed`, or `built, not run`: weights and structure are right, but the graphs were not run (bf16 and
+    fp8 do not run on the CPU; or `--no-run`)."""
+    engine: str
+    """What ran the graphs: `onnxruntime 1.31.0 CPUExecutionProvider`; empty where nothing did."""
+    flights: int
+    """Whole flights that were compared, each with its own seed."""
+    seed: int
+    """Of the first flight."""
+    frames: str
+    """Where the frames come from."""
+    failures: tuple[str, ...] = ()
+    """`stage: reason`."""
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What a bundle is made of and made from."""
 
@@ -52,19 +123,30 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     created_by: str
     """Program and version that wrote the bundle."""
     checkpoint_sha256: str
-    """Of the checkpoint's tensor file."""
+    """Of all files the checkpoint was read from."""
     precision: str
+    compute: str
+    """Dtype of activations and of weights that are not quantised: fp32, fp16 or bf16."""
+    kv_flavour: str
+    """How the graphs write and read the KV cache: `inplace` or `portable`."""
     model: ModelConfig
     guidance_rows: int
     """Rows of the KV cache: 2 (instruction and unconditional), or 1 without guidance."""
     kv_capacity: int
     """Entries of the KV cache, fixed in the graphs."""
-    latent_head_stats: LabelStats
-    rgb_head_stats: LabelStats
+    latent_head_stats: LabelStats | None
+    """None: the head's outputs are rad and m."""
+    rgb_head_stats: LabelStats | None
     graphs: dict[str, GraphEntry]
     files: dict[str, FileEntry]
+    calibration: CalibrationEntry | None = None
+    cast_losses: tuple[CastLoss, ...] = ()
     parity: dict[str, dict[str, float]] = {}
     """Stage -> measure -> value, as `worldvln-edge verify` printed it."""
+    parity_result: ParityResult | None = None
+    """None: not compared with its checkpoint yet."""
+    engines: tuple[EngineEntry, ...] = ()
+    """What `worldvln-edge build` made of the graphs."""
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -98,18 +180,23 @@ class Bundle:
             BundleError: no manifest, another schema version, a missing file, or a file whose hash differs.
         """
         folder = Path(folder)
-        path = folder / MANIFEST_FILE
-        if not path.is_file():
-            raise BundleError(
-                f"{folder} is no bundle: {MANIFEST_FILE} is missing; make one with `worldvln-edge export`"
-            )
-        manifest = _parse_manifest(path)
+        path, manifest = folder / MANIFEST_FILE, cls.open_manifest(folder)
         for name, entry in manifest.files.items():
             _check_file(folder, name, entry)
         for graph in manifest.graphs.values():
             if graph.file not in manifest.files:
                 raise BundleError(f"{path}: graph file {graph.file} has no hash; export the bundle again")
         return cls(folder, manifest)
+
+    @staticmethod
+    def open_manifest(folder: Path) -> Manifest:
+        """The manifest alone, without a look at the files. Raises BundleError when it is missing or unreadable."""
+        path = Path(folder) / MANIFEST_FILE
+        if not path.is_file():
+            raise BundleError(
+                f"{folder} is no bundle: {MANIFEST_FILE} is missing; make one with `worldvln-edge export`"
+            )
+        return _parse_manifest(path)
 
     def file_path(self, name: str) -> Path:
         """A checked file. Raises BundleError when the manifest does not name it."""
@@ -125,6 +212,34 @@ class Bundle:
                 "export the bundle again with this version"
             )
         return self.file_path(self.manifest.graphs[graph].file)
+
+    def engine(self, graph: str, *, backend: str, version: str, compute_capability: str) -> EngineEntry:
+        """The engine of a graph that runs here.
+
+        Raises:
+            BundleError: there is none for this package, version and GPU, or the graph was exported again since.
+        """
+        found = [entry for entry in self.manifest.engines if entry.graph == graph]
+        again = (
+            f"run `worldvln-edge build {self.folder} --target {compute_capability}` (or `--target local` on the device)"
+        )
+        for entry in found:
+            if (entry.backend, entry.version, entry.compute_capability) != (backend, version, compute_capability):
+                continue
+            for name, sha256 in entry.sources.items():
+                if name not in self.manifest.files or self.manifest.files[name].sha256 != sha256:
+                    raise BundleError(f"{self.folder}: {entry.file} was built from another {name}; {again}")
+            return entry
+        built = ", ".join(sorted({f"{e.backend} {e.version} on {e.compute_capability}" for e in found})) or "nothing"
+        raise BundleError(
+            f"{self.folder}: the engines of {graph} were built for {built}, here is {backend} {version} on "
+            f"{compute_capability}; {again}"
+        )
+
+    def engine_path(self, entry: EngineEntry) -> Path:
+        """File of an engine, checked now. Raises BundleError when it is missing or corrupt."""
+        _check_file(self.folder, entry.file, entry.content, below=ENGINES_FOLDER)
+        return self.folder / entry.file
 
     @property
     def size_bytes(self) -> int:
@@ -145,8 +260,12 @@ def _parse_manifest(path: Path) -> Manifest:
         raise BundleError(f"{path}: not a manifest ({error}); export the bundle again") from error
 
 
-def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
-    if not name or Path(name).name != name or name == "..":
+def _check_file(folder: Path, name: str, entry: FileEntry, *, below: str = "") -> None:
+    parts = name.split("/")
+    if below and (parts[0] != below or len(parts) < 2):
+        raise BundleError(f"{folder}: {name!r} does not lie below {below}/; build the engines again")
+    plain = parts if below else [name]
+    if any(not part or Path(part).name != part or part == ".." for part in plain):
         raise BundleError(f"{folder}: {name!r} is not a plain file name; export the bundle again")
     path = folder / name
     if not path.is_file():

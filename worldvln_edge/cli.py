@@ -25,7 +25,20 @@ class Subcommand(NamedTuple):
 SUBCOMMANDS: dict[str, Subcommand] = {
     "export": Subcommand("worldvln_edge.export.cli:export_command", "export", "Export a checkpoint to an ONNX bundle."),
     "verify": Subcommand(
-        "worldvln_edge.export.cli:verify_command", "cpu,export", "Compare a bundle with the PyTorch checkpoint."
+        "worldvln_edge.export.verify_cli:verify_command", "cpu,export", "Compare a bundle with the PyTorch checkpoint."
+    ),
+    "inspect": Subcommand("worldvln_edge.export.inspect_cli:inspect_command", "export", "Show what a bundle costs."),
+    "make-checkpoint": Subcommand(
+        "worldvln_edge.export.checkpoint_cli:make_checkpoint_command", "export", "Write a random released checkpoint."
+    ),
+    "calibrate": Subcommand(
+        "worldvln_edge.export.calibrate_cli:calibrate_command", "export", "Measure activations, for low precisions."
+    ),
+    "build": Subcommand(
+        "worldvln_edge.export.build_cli:build_command", "export,tensorrt-rtx", "Build TensorRT engines into a bundle."
+    ),
+    "bench-export": Subcommand(
+        "worldvln_edge.export.bench_export:bench_export_command", "export", "Measure exports at real size."
     ),
     "serve": Subcommand("worldvln_edge.runtime.cli:serve_command", "cpu,serve", "Serve a bundle to drones."),
     "bench": Subcommand("worldvln_edge.runtime.bench_cli:bench_command", "cpu", "Time a bundle, stage by stage."),
@@ -49,6 +62,7 @@ _EXTRA_OF_MODULE = {
     "onnx": "export",
     "onnxscript": "export",
     "tensorrt": "tensorrt",
+    "tensorrt_rtx": "tensorrt-rtx",
 }
 
 

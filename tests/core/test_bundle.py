@@ -34,6 +34,8 @@ def make_bundle(folder: Path) -> Path:
         created_by="test",
         checkpoint_sha256="0" * 64,
         precision="fp32",
+        compute="fp32",
+        kv_flavour="inplace",
         model=nano(),
         guidance_rows=2,
         kv_capacity=100,

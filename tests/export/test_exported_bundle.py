@@ -11,9 +11,12 @@ from small_models import random_model, save_random_checkpoint, tiny_config
 
 from worldvln_edge.bundle import Bundle
 from worldvln_edge.export import exporter
-from worldvln_edge.export.exporter import export_bundle, graph_sources, kv_capacity
-from worldvln_edge.export.onnx_file import ExportError, SharedWeights, export_module
+from worldvln_edge.export.exporter import export_bundle
+from worldvln_edge.export.graph_sources import GraphSource, graph_sources, kv_capacity
+from worldvln_edge.export.planned_tensor import CastReports, checkpoint_tensor
+from worldvln_edge.export.tracing import ExportError, trace_graph
 from worldvln_edge.models.checkpoint_file import CheckpointError
+from worldvln_edge.models.checkpoint_source import open_any
 from worldvln_edge.runtime import graphs
 from worldvln_edge.runtime.engine import OnnxEngine
 from worldvln_edge.scale_schedule import ScaleSchedule
@@ -77,28 +80,39 @@ def test_unusable_checkpoint_leaves_the_old_bundle(tmp_path: Path, tiny_bundle: 
     (tmp_path / "checkpoint" / "model.safetensors").write_bytes(b"short")
     shutil.copytree(tiny_bundle, tmp_path / "bundle")
     with pytest.raises(CheckpointError, match="truncated"):
-        export_bundle(tmp_path / "checkpoint", tmp_path / "bundle")
+        export_bundle(open_any(tmp_path / "checkpoint"), tmp_path / "bundle")
     Bundle.open(tmp_path / "bundle")
 
 
-def test_module_that_does_not_trace_is_named(tmp_path: Path):
+def _source(name: str, module: torch.nn.Module, example: torch.Tensor) -> GraphSource:
+    return GraphSource(name=name, module=module, example=(example,), inputs=("x",), outputs=("y",), dynamic={})
+
+
+def test_module_that_does_not_trace_is_named():
     class Branching(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x if x.sum() > 0 else -x
 
     with pytest.raises(ExportError, match="graph odd does not export"):
-        export_module("odd", Branching(), (torch.ones(3),), inputs=("x",), outputs=("y",), dynamic={})
+        trace_graph(_source("odd", Branching(), torch.ones(3)), {}, _never, opset=24)
 
 
-def test_equal_weights_are_stored_once(tmp_path: Path):
-    layer = torch.nn.Linear(32, 32)
-    weights = SharedWeights(tmp_path)
-    for name in ("a", "b"):
-        model = export_module(name, layer, (torch.ones(1, 32),), inputs=("x",), outputs=("y",), dynamic={})
-        weights.store(model, f"{name}.onnx")
-    weights.close()
-    assert (tmp_path / "weights.bin").stat().st_size == 32 * 32 * 4
-    x = np.random.default_rng(0).normal(size=(1, 32)).astype(np.float32)
-    a, b = (OnnxEngine(tmp_path / f"{name}.onnx").run({"x": x})["y"] for name in ("a", "b"))
-    np.testing.assert_array_equal(a, b)
-    np.testing.assert_allclose(a, layer(torch.from_numpy(x)).detach().numpy(), atol=1e-5)
+def _never(key: str, parameter: torch.Tensor, transposed: bool):
+    raise AssertionError(f"{key} asked for")
+
+
+def test_a_linear_stores_its_weight_as_matmul_reads_it():
+    """No Transpose is left for the engine to fold: at 8 B that would be a second copy of the model."""
+    layer = torch.nn.Linear(32, 48)
+    keys = {id(p): f"layer.{name}" for name, p in layer.named_parameters()}
+
+    def weight_of(key: str, parameter: torch.Tensor, transposed: bool):
+        shape = tuple(parameter.shape)
+        return checkpoint_tensor(key, shape, parameter.dtype, CastReports(), transposed=transposed)
+
+    traced = trace_graph(_source("layer", layer, torch.ones(2, 5, 32)), keys, weight_of, opset=24)
+    assert [node.op_type for node in traced.model.graph] == ["MatMul", "Add"]
+    by_key = {weight.key: weight for weight in traced.weights.values()}
+    assert by_key["layer.weight"].shape == (32, 48)
+    made = by_key["layer.weight"].make(lambda key: layer.weight.detach())
+    np.testing.assert_array_equal(made, layer.weight.detach().numpy().T)

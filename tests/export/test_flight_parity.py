@@ -17,9 +17,12 @@ from small_models import random_frames, tiny_config
 from worldvln_edge.action_windows import context_frame
 from worldvln_edge.bundle import TOKENIZER_FILE
 from worldvln_edge.config import GenerationConfig, ModelConfig
-from worldvln_edge.export.exporter import export_bundle, graph_sources, guidance_rows, kv_capacity
-from worldvln_edge.export.onnx_file import SharedWeights
+from worldvln_edge.export.exporter import export_bundle, export_graphs
+from worldvln_edge.export.graph_sources import guidance_rows, kv_capacity
+from worldvln_edge.export.planned_tensor import CastReports
+from worldvln_edge.export.precision import Precision
 from worldvln_edge.images import transform
+from worldvln_edge.models.checkpoint_source import open_any
 from worldvln_edge.models.generation import Generated, TextCondition, generate
 from worldvln_edge.models.quantizer import encode_bits
 from worldvln_edge.models.worldvln import Checkpoint, HeadStats, WorldVLN, load_checkpoint, save_checkpoint
@@ -130,14 +133,22 @@ def pair(request, tiny_checkpoint: Path, tiny_bundle: Path, tmp_path_factory) ->
     model.load_state_dict(checkpoint.model.state_dict())
     model.requires_grad_(False).eval()
     folder = tmp_path_factory.mktemp("variant")
-    weights = SharedWeights(folder)
+    words = (tiny_checkpoint / TOKENIZER_FILE).read_text(encoding="utf-8")
+    save_checkpoint(folder / "checkpoint", model, checkpoint.stats, words, dtype=torch.float32)
+    (folder / "graphs").mkdir()
     engines = dict(policy.engines)
-    for source in graph_sources(model):
-        if source.name in GRAPHS_OF_SCHEDULE:
-            weights.store(source.trace(), f"{source.name}.onnx")
-    weights.close()
+    export_graphs(
+        open_any(folder / "checkpoint"),
+        folder / "graphs",
+        run="variant",
+        precision=Precision(name="fp32"),
+        kv="inplace",
+        calibration=None,
+        reports=CastReports(),
+        names=GRAPHS_OF_SCHEDULE,
+    )
     for name in GRAPHS_OF_SCHEDULE:
-        engines[name] = OnnxEngine(folder / f"{name}.onnx", threads=1)
+        engines[name] = OnnxEngine(folder / "graphs" / f"{name}.onnx", threads=1)
     manifest = msgspec.structs.replace(
         policy.manifest, model=config, guidance_rows=guidance_rows(config), kv_capacity=kv_capacity(config)
     )
@@ -228,7 +239,7 @@ def test_nano_flies_as_in_pytorch(tmp_path: Path, tiny_checkpoint: Path):
     words = (tiny_checkpoint / TOKENIZER_FILE).read_text(encoding="utf-8")
     stats = HeadStats(latent_head=STATS.latent_head, rgb_head=STATS.rgb_head)
     save_checkpoint(tmp_path / "checkpoint", random_model(config), stats, words)
-    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle")
+    export_bundle(open_any(tmp_path / "checkpoint"), tmp_path / "bundle")
     pair = Pair(load_checkpoint(tmp_path / "checkpoint"), config, load_policy(tmp_path / "bundle"))
     frames = random_frames(config, config.horizon.num_frames, seed=1)
     session = pair.policy.new_session(PROMPT, seed=5)

@@ -10,8 +10,10 @@ from safetensors.torch import save_file
 
 from worldvln_edge.config import WorldModelConfig
 from worldvln_edge.models.checkpoint_file import CheckpointError
-from worldvln_edge.models.released import load_world_model
+from worldvln_edge.models.released import load_world_model, open_world_model
+from worldvln_edge.models.video_vae import VideoVAE
 from worldvln_edge.models.world_model import WorldModel, initial_cfg_uncond
+from worldvln_edge.presets import preset
 
 CONFIG = WorldModelConfig(
     width=32, depth=2, heads=4, kv_heads=2, intermediate=48, block_chunks=2, text_channels=8, text_max_tokens=6
@@ -98,7 +100,7 @@ def test_alias_keys_get_their_canonical_tensor(tmp_path, state):
 def test_alias_of_an_absent_key_does_not_hide_what_is_missing(tmp_path, state):
     kept = {key: tensor for key, tensor in state.items() if key != "head.bias"}
     _save_shards(tmp_path / "shards", kept, index=True, metadata={"head.bias": "gone"})
-    with pytest.raises(CheckpointError, match=r"1 missing: head\.bias"):
+    with pytest.raises(CheckpointError, match=r"1 keys missing \(first \['head\.bias'\]\).*of shape \[128\]"):
         load_world_model(tmp_path / "shards", CONFIG)
 
 
@@ -124,24 +126,27 @@ def test_known_leftover_keys_are_ignored_and_sos_token_may_be_missing(tmp_path, 
 def test_missing_and_unexpected_keys_are_listed(tmp_path, state):
     del state["head.weight"]
     save_file(state | {"lora.weight": torch.zeros(1)}, tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match=r"1 missing: head\.weight\. 1 unexpected: lora\.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"1 keys missing \(first \['head\.weight'\]\), 1 unexpected \(first \['lora"
+    ):
         load_world_model(tmp_path / "m.safetensors", CONFIG)
 
 
 def test_long_lists_of_wrong_keys_are_cut(tmp_path, state):
     save_file({f"module.{key}": tensor for key, tensor in state.items()}, tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match=r"missing: cfg_uncond.*\.\.\. \(\d+ in all\).*unexpected: module\."):
+    message = r"32 keys missing \(first \['[^]]*'\]\), 33 unexpected \(first \['module\.[^]]*'\]\).*choose the preset"
+    with pytest.raises(CheckpointError, match=message):
         load_world_model(tmp_path / "m.safetensors", CONFIG)
 
 
 def test_weights_of_another_size_are_refused(tmp_path, state):
     save_file(state, tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match=r"gate_proj\.weight is \[48, 32\], expected \[64, 32\]"):
+    with pytest.raises(CheckpointError, match=r"down_proj\.weight has shape \[32, 48\], .* says \[32, 64\]"):
         load_world_model(tmp_path / "m.safetensors", msgspec.structs.replace(CONFIG, intermediate=64))
 
 
 def test_nothing_at_the_path_is_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no weights at"):
+    with pytest.raises(CheckpointError, match="no weights at"):
         load_world_model(tmp_path / "absent", CONFIG)
 
 
@@ -186,7 +191,7 @@ def test_truncated_files_are_refused(tmp_path, state, name, kept):
 
 def test_pickled_objects_are_read_only_when_trusted(tmp_path, state):
     torch.save({"args": Path("x"), "trainer": {"gpt_fsdp": state}}, tmp_path / "old.pth")
-    with pytest.raises(CheckpointError, match="trust_pickle=True"):
+    with pytest.raises(CheckpointError, match="--trust-pickle"):
         load_world_model(tmp_path / "old.pth", CONFIG)
     _assert_loaded(tmp_path / "old.pth", state, trust_pickle=True)
 
@@ -195,7 +200,8 @@ def test_pickled_objects_are_read_only_when_trusted(tmp_path, state):
     ("content", "message"),
     [
         ({"trainer": {"gpt_opt": {}}}, "no state dict gpt_fsdp"),
-        ({"epoch": 3}, "expected a state dict"),
+        ({"epoch": 3}, "must be a state dict .* keys epoch"),
+        ({"vae": {"encoder.down_blocks.0.x": torch.zeros(1)}}, "vae is a video VAE"),
         ([1, 2], "found a list"),
     ],
 )
@@ -203,3 +209,37 @@ def test_torch_files_with_other_content_are_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=message):
         load_world_model(tmp_path / "x.pth", CONFIG)
+
+
+def test_a_video_vae_in_place_of_the_transformer_is_called_so(tmp_path):
+    state = VideoVAE(preset("nano").video_vae).state_dict()
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="holds a video VAE, but a world model is expected here"):
+        load_world_model(tmp_path / "m.safetensors", CONFIG)
+
+
+def test_two_files_with_the_same_key_and_no_index_are_refused(tmp_path, state):
+    for name in ("a", "b"):
+        save_file(state, tmp_path / f"{name}.safetensors")
+    with pytest.raises(CheckpointError, match=r"b\.safetensors and a\.safetensors .* both hold"):
+        load_world_model(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("name", ["m.safetensors", "m.pth"])
+def test_weights_that_are_not_finite_name_file_and_key(tmp_path, state, name, value):
+    key = "block_chunks.1.module.0.mlp.up_proj.weight"
+    state[key][3, 4] = value
+    (torch.save if name.endswith("pth") else save_file)(state, tmp_path / name)
+    with pytest.raises(CheckpointError, match=rf"{name}: {key} holds NaN or infinity"):
+        load_world_model(tmp_path / name, CONFIG)
+
+
+def test_opening_reads_no_tensor(tmp_path, state):
+    state["head.bias"][0] = float("nan")
+    save_file(state, tmp_path / "m.safetensors")
+    stored = open_world_model(tmp_path / "m.safetensors", CONFIG)
+    assert list(stored) == list(WorldModel(CONFIG).state_dict())
+    assert torch.equal(stored["head.weight"].read(), state["head.weight"])
+    with pytest.raises(CheckpointError, match=r"head\.bias holds NaN"):
+        stored["head.bias"].read()

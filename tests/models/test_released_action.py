@@ -10,15 +10,23 @@ import torch
 from safetensors.torch import save_file
 
 from worldvln_edge.models.action_decoder import LatentActionHead, RgbActionHead
-from worldvln_edge.models.checkpoint_file import CheckpointError, read_safetensors, read_torch_file
+from worldvln_edge.models.checkpoint_file import CheckpointError, read_torch_file
 from worldvln_edge.models.released_action import (
     load_latent_head,
     load_rgb_head,
+    open_rgb_checkpoint,
     parse_label_stats,
     read_combined_checkpoint,
-    read_rgb_checkpoint,
 )
-from worldvln_edge.models.released_vae import load_vae, read_vae_tensors, vae_for_actions
+from worldvln_edge.models.released_vae import (
+    complete_vae,
+    load_vae,
+    open_vae_tensors,
+    read_vae_tensors,
+    vae_for_actions,
+    with_action_decoder,
+)
+from worldvln_edge.models.stored_tensors import open_safetensors, open_shards
 from worldvln_edge.models.video_vae import VideoVAE
 from worldvln_edge.presets import preset
 
@@ -126,7 +134,7 @@ def test_keys_and_shapes_are_strict(combined, head, tmp_path):
 def test_other_objects_are_refused_unless_trusted(combined, tmp_path):
     combined["args"] = CustomObject()
     path = saved(combined, tmp_path)
-    with pytest.raises(CheckpointError, match="trust_pickle"):
+    with pytest.raises(CheckpointError, match="trust-pickle"):
         read_combined_checkpoint(path)
     combined["args"] = None
     assert read_combined_checkpoint(saved(combined, tmp_path), trust_pickle=True).vae_settings["semantic_scales"] == 11
@@ -175,16 +183,16 @@ def test_the_rgb_head_loads_from_both_forms_and_needs_its_run_config(tmp_path):
     run_config.write_text(json.dumps({"label_stats": {k: v.tolist() for k, v in STATS.items()}}))
     for content in (source.tsformer.state_dict(), {"model_state_dict": source.tsformer.state_dict()}):
         path = saved(content, tmp_path)
-        tensors, stats = read_rgb_checkpoint(path, run_config)
+        tensors, stats = open_rgb_checkpoint(path, run_config)
         load_rgb_head(target, tensors, str(path))
         assert same_tensors(target.state_dict(), source.state_dict())
         assert stats.std_angles == (1.0, 2.0, 3.0)
     run_config.write_text("{}")
     with pytest.raises(CheckpointError, match="label_stats must hold"):
-        read_rgb_checkpoint(path, run_config)
+        open_rgb_checkpoint(path, run_config)
     run_config.unlink()
     with pytest.raises(CheckpointError, match="not a readable JSON"):
-        read_rgb_checkpoint(path, run_config)
+        open_rgb_checkpoint(path, run_config)
 
 
 def write_shards(folder, tensors, aliases):
@@ -206,8 +214,12 @@ def test_a_vae_loads_from_every_container(vae, tmp_path):
     save_file({k: v.clone() for k, v in state.items()}, tmp_path / "vae.safetensors")
     torch.save({"vae": state, "ema": {}}, tmp_path / "wrapped.pth")
     torch.save({f"module.{key}": tensor for key, tensor in state.items()}, tmp_path / "bare.pth")
-    for name in ("repo", "repo/vae", "vae.safetensors", "wrapped.pth", "bare.pth"):
-        target = VideoVAE(MODEL.video_vae)
+    torch.save({"trainer": {"vae_local": state}, "vae": {"decoy": torch.zeros(1)}}, tmp_path / "trainer.pth")
+    torch.save({"vae_state_dict": {}, "vae": {}, "ema": state}, tmp_path / "ema.pth")
+    target = VideoVAE(MODEL.video_vae).requires_grad_(False)
+    for name in ("repo", "repo/vae", "vae.safetensors", "wrapped.pth", "bare.pth", "trainer.pth", "ema.pth"):
+        for tensor in target.state_dict().values():
+            tensor.zero_()
         tensors = read_vae_tensors(tmp_path / name)
         load_vae(target, tensors, name)
         needed = {k: v for k, v in state.items() if "_two" not in k}
@@ -236,23 +248,22 @@ def test_damaged_shard_folders_are_refused(vae, tmp_path):
     index = folder / "model.safetensors.index.json"
     good = json.loads(index.read_text())
     for weight_map, message in (
-        ({**good["weight_map"], "decoder.extra": "model-0.safetensors"}, "promises 1 keys"),
-        ({"a": "../model.safetensors"}, "not a file name in this folder"),
-        ({"a": "absent.safetensors"}, "no such file"),
-        ({}, "no weight_map"),
+        ({**good["weight_map"], "decoder.extra": "model-0.safetensors"}, "promises: decoder.extra"),
+        ({"a": "../model.safetensors"}, "lies outside the folder"),
+        ({"a": "absent.safetensors"}, "not here: absent.safetensors"),
+        ({}, "weight_map is empty"),
     ):
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(CheckpointError, match=message):
-            read_safetensors(folder)
+            open_shards(folder)
     index.write_text("{")
-    with pytest.raises(CheckpointError, match="not JSON"):
-        read_safetensors(folder)
+    with pytest.raises(CheckpointError, match="no shard index"):
+        open_shards(folder)
     index.unlink()
-    with pytest.raises(CheckpointError, match="expected one"):
-        read_safetensors(folder)
+    assert open_shards(folder).keys() == vae.state_dict().keys()
     (folder / "model-0.safetensors").write_bytes(b"12345678")
     with pytest.raises(CheckpointError, match="truncated"):
-        read_safetensors(folder / "model-0.safetensors")
+        open_safetensors(folder / "model-0.safetensors")
     with pytest.raises(CheckpointError, match="no entry 'vae'"):
         read_vae_tensors(saved({"gpt": {}}, tmp_path))
     with pytest.raises(CheckpointError, match="must be a state dict"):
@@ -273,3 +284,32 @@ def test_the_decoder_of_a_combined_checkpoint_is_shared_when_equal(vae):
         vae_for_actions(vae, {"proj_up.bias": torch.zeros(1)}, "file")
     with pytest.warns(UserWarning, match="unexpected"):
         vae_for_actions(vae, {"post_quant_conv.bias": torch.zeros(1)}, "file")
+
+
+def test_a_decoder_of_its_own_scale_is_folded_into_one_vae(vae, tmp_path):
+    state = {key: tensor.clone() for key, tensor in vae.state_dict().items()}
+    state["scale_learnable_parameters"][0] = 1.5
+    part = {k: v.clone() for k, v in state.items() if k.startswith(("decoder.", "proj_up.", "scale_"))}
+    generator = torch.Generator().manual_seed(1)
+    part["proj_up.weight"] = torch.randn(part["proj_up.weight"].shape, generator=generator)
+    part["scale_learnable_parameters"][0] = 0.4
+    base = open_vae_tensors(saved({"vae": state}, tmp_path, "vae.pth"))
+    own = open_vae_tensors(saved({"vae": part}, tmp_path, "part.pth"))
+    merged = with_action_decoder(complete_vae(state, base, "vae"), own, "part")
+    one, encoding = VideoVAE(MODEL.video_vae), VideoVAE(MODEL.video_vae)
+    one.load_state_dict({key: stored.read() for key, stored in merged.items()})
+    encoding.load_state_dict(state)
+    acting = vae_for_actions(encoding, part, "part")
+    assert acting is not encoding
+    hw = [side // MODEL.video_vae.spatial_stride for side in MODEL.image_hw]
+    with torch.no_grad():
+        codes = torch.randn(1, MODEL.video_vae.raw_channels, 2, *hw, generator=generator)
+        torch.testing.assert_close(
+            one.decode_features(codes)[0], acting.decode_features(codes)[0], rtol=1e-4, atol=1e-4
+        )
+        h, _ = encoding.encode(torch.randn(1, 3, 1, *MODEL.image_hw, generator=generator))
+        assert torch.equal(one.raw_features(h), encoding.raw_features(h))
+    part["scale_learnable_parameters"][0] = 0
+    own = open_vae_tensors(saved({"vae": part}, tmp_path, "zero.pth"))
+    with pytest.raises(CheckpointError, match=r"scale_learnable_parameters\[0\] is 0"):
+        with_action_decoder(complete_vae(state, base, "vae"), own, "part")["proj_up.weight"].read()

@@ -18,11 +18,12 @@ from worldvln_edge.action_windows import LabelStats
 from worldvln_edge.models.action_decoder import LatentActionHead, RgbActionHead
 from worldvln_edge.models.checkpoint_file import (
     CheckpointError,
-    TensorDict,
+    check_layout,
+    kind_of,
     load_strictly,
-    read_torch_file,
-    tensor_dict,
+    without_module_prefix,
 )
+from worldvln_edge.models.stored_tensors import StoredTensor, StoredTensors, TorchFile, read_all
 
 _STATS_FIELDS = ("mean_angles", "std_angles", "mean_t", "std_t")
 _VAE_DEFAULTS = {
@@ -39,13 +40,13 @@ _VAE_DEFAULTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class CombinedCheckpoint:
-    """Contents of a combined (Stage 2) checkpoint; optimiser states are left out."""
+    """Contents of a combined (Stage 2) checkpoint; tensors are unread, optimiser states are left out."""
 
     path: Path
-    tsformer: TensorDict
-    adapter: TensorDict
-    vae: TensorDict
-    """Decoder tensors to put over the base VAE (`released_vae.vae_for_actions`); may be empty."""
+    tsformer: StoredTensors
+    adapter: StoredTensors
+    vae: StoredTensors
+    """Decoder tensors to put over the base VAE (`released_vae.with_action_decoder`); may be empty."""
     label_stats: LabelStats | None
     label_stats_source: str
     format: str
@@ -64,9 +65,14 @@ def read_combined_checkpoint(path: Path, *, trust_pickle: bool = False) -> Combi
         CheckpointError: unreadable, no dict, or without TimesFormer or adapter.
     """
     path = Path(path)
-    content = read_torch_file(path, trust_pickle=trust_pickle)
+    file = TorchFile(path, trust_pickle=trust_pickle)
+    content = file.content
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: expected a dict, found {type(content).__name__}")
+        raise CheckpointError(
+            f"{path}: expected a dict, found {type(content).__name__}; give a combined (Stage 2) checkpoint"
+        )
+    tsformer = _first_dict(file, "TimesFormer", ("model_state_dict", "tsformer_state_dict"))
+    adapter = _first_dict(file, "adapter", ("adapter_state_dict", "state_dict"))
     stats = content.get("label_stats")
     if stats is None:
         warnings.warn(f"{path}: no label_stats; the head's outputs will be taken as rad and m directly", stacklevel=2)
@@ -78,9 +84,9 @@ def read_combined_checkpoint(path: Path, *, trust_pickle: bool = False) -> Combi
             settings[key] = content[key]
     return CombinedCheckpoint(
         path=path,
-        tsformer=_first_dict(path, content, "TimesFormer", ("model_state_dict", "tsformer_state_dict")),
-        adapter=_first_dict(path, content, "adapter", ("adapter_state_dict", "state_dict")),
-        vae=tensor_dict(content.get("vae_state_dict") or {}, f"{path}: entry 'vae_state_dict'"),
+        tsformer=tsformer,
+        adapter=adapter,
+        vae=without_module_prefix(file.tensors("vae_state_dict")) if content.get("vae_state_dict") else {},
         label_stats=None if stats is None else parse_label_stats(stats, f"{path}: label_stats"),
         label_stats_source=str(content.get("label_stats_source") or ""),
         format=str(content.get("format") or ""),
@@ -93,12 +99,17 @@ def load_latent_head(head: LatentActionHead, checkpoint: CombinedCheckpoint) -> 
 
     An adapter with the skip branch (`skip.weight`) needs a head built with `use_skip=True`.
     """
-    load_strictly(head.adapter, checkpoint.adapter, f"{checkpoint.path}: adapter")
-    load_strictly(head.tsformer, checkpoint.tsformer, f"{checkpoint.path}: TimesFormer")
+    parts = {"adapter": (head.adapter, checkpoint.adapter), "TimesFormer": (head.tsformer, checkpoint.tsformer)}
+    for name, (module, stored) in parts.items():
+        check_layout(module.state_dict(), stored, f"{checkpoint.path}: {name}")
+    for name, (module, stored) in parts.items():
+        load_strictly(module, read_all(stored), f"{checkpoint.path}: {name}")
 
 
-def read_rgb_checkpoint(path: Path, run_config: Path, *, trust_pickle: bool = False) -> tuple[TensorDict, LabelStats]:
-    """Read the RGB head's TimesFormer and its statistics.
+def open_rgb_checkpoint(
+    path: Path, run_config: Path, *, trust_pickle: bool = False
+) -> tuple[StoredTensors, LabelStats]:
+    """The RGB head's TimesFormer, unread, and its statistics.
 
     Args:
         path: dict with `model_state_dict`, or a bare state dict.
@@ -108,10 +119,9 @@ def read_rgb_checkpoint(path: Path, run_config: Path, *, trust_pickle: bool = Fa
         CheckpointError: unreadable, or statistics missing.
     """
     path, run_config = Path(path), Path(run_config)
-    content = read_torch_file(path, trust_pickle=trust_pickle)
-    if isinstance(content, Mapping) and "model_state_dict" in content:
-        content = content["model_state_dict"]
-    tensors = tensor_dict(content, f"{path}: TimesFormer")
+    file = TorchFile(path, trust_pickle=trust_pickle)
+    wrapped = isinstance(file.content, Mapping) and "model_state_dict" in file.content
+    tensors = without_module_prefix(file.tensors("model_state_dict") if wrapped else file.tensors())
     try:
         run = json.loads(run_config.read_bytes())
     except (OSError, ValueError) as error:
@@ -120,9 +130,10 @@ def read_rgb_checkpoint(path: Path, run_config: Path, *, trust_pickle: bool = Fa
     return tensors, parse_label_stats(stats, f"{run_config}: label_stats")
 
 
-def load_rgb_head(head: RgbActionHead, tensors: Mapping[str, Tensor], where: str) -> None:
+def load_rgb_head(head: RgbActionHead, tensors: Mapping[str, StoredTensor], where: str) -> None:
     """Copy the TimesFormer, strictly. Raises CheckpointError: keys or shapes differ from the configuration."""
-    load_strictly(head.tsformer, tensors, f"{where}: TimesFormer")
+    check_layout(head.tsformer.state_dict(), tensors, f"{where}: TimesFormer")
+    load_strictly(head.tsformer, read_all(tensors), f"{where}: TimesFormer")
 
 
 def parse_label_stats(value: Any, where: str) -> LabelStats:
@@ -149,9 +160,14 @@ def parse_label_stats(value: Any, where: str) -> LabelStats:
     return msgspec.convert(fields, LabelStats)
 
 
-def _first_dict(path: Path, content: Mapping, what: str, keys: tuple[str, ...]) -> TensorDict:
+def _first_dict(file: TorchFile, what: str, keys: tuple[str, ...]) -> StoredTensors:
     for key in keys:
-        if content.get(key) is not None:
-            return tensor_dict(content[key], f"{path}: entry '{key}'")
-    found = ", ".join(sorted(map(str, content))) or "nothing"
-    raise CheckpointError(f"{path}: no {what}: expected one of {', '.join(keys)}, found {found}")
+        if file.content.get(key) is not None:
+            return without_module_prefix(file.tensors(key))
+    names = list(map(str, file.content))
+    kind = kind_of(names)
+    found = f"{kind} ({len(names)} keys)" if kind else ", ".join(sorted(names)[:8]) or "nothing"
+    raise CheckpointError(
+        f"{file.path}: no {what}: expected one of {', '.join(keys)}, found {found}; give a combined "
+        "(Stage 2) checkpoint"
+    )

@@ -160,6 +160,11 @@ class TimesFormer(nn.Module):
         for block in list(self.blocks)[1:]:
             nn.init.zeros_(cast(Block, block).temporal_fc.weight)
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of tokens and blocks. The final norm and the head may be wider."""
+        return self.pos_embed.dtype
+
     def patch_tokens(self, frames_F3HW: Tensor) -> Tensor:
         """Tokens of normalised frames: [F, N, D].
 
@@ -171,7 +176,7 @@ class TimesFormer(nn.Module):
                 f"frames must be [F, 3, {self.config.image_hw[0]}, {self.config.image_hw[1]}], found "
                 f"{list(frames_F3HW.shape)}"
             )
-        return self.patch_embed(frames_F3HW)
+        return self.patch_embed(frames_F3HW.to(self.compute_dtype))
 
     def forward(self, windows_KTND: Tensor, trace: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
         """Motions of every window.
@@ -230,7 +235,7 @@ class TimesFormer(nn.Module):
         else:
             x_KTND, c_KD = self.blocks[-1](x_KTND, c_KD)
             trace.append((x_KTND, c_KD))
-        return self.head(self.norm(c_KD))
+        return self.head(self.norm(c_KD.to(self.norm.weight.dtype)))
 
 
 def _with_class_token(x_KTND: Tensor, c_KD: Tensor) -> Tensor:

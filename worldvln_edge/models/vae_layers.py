@@ -101,7 +101,7 @@ class ChannelRMSNorm(nn.Module):
         is_half = x_BCTHW.dtype in (torch.float16, torch.bfloat16)
         x = x_BCTHW.float() if is_half else x_BCTHW
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-12)
-        return (x / norm * self.scale).to(x_BCTHW.dtype) * self.gamma
+        return (x / norm * self.scale * self.gamma).to(x_BCTHW.dtype)
 
 
 class SpatialNorm(nn.Module):

@@ -162,6 +162,11 @@ class VideoVAE(nn.Module):
         self.proj_up_two = nn.Linear(raw, raw).requires_grad_(False)
         self.scale_learnable_parameters = nn.Parameter(torch.ones(4))
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the convolutions and of the streaming state. The projections and the latents stay float32."""
+        return self.decoder.conv_in.conv.weight.dtype
+
     def encode(self, frames_B3THW: Tensor, state: Sequence[Tensor] | None = None) -> tuple[Tensor, State]:
         """Encode the next frames of a sequence.
 
@@ -190,8 +195,8 @@ class VideoVAE(nn.Module):
         if state is not None and (frames < 1 or frames % unit):
             raise ValueError(f"a later call needs {unit}*k frames ({unit}, {2 * unit}, ...), found {frames}")
         stream = ConvStream(state, encoder_convolutions(self.config))
-        h = self.encoder(patchify(frames_B3THW, self.config.pixel_patch), stream)
-        return h, stream.state
+        h = self.encoder(patchify(frames_B3THW.to(self.compute_dtype), self.config.pixel_patch), stream)
+        return h.to(self.proj_down.weight.dtype), stream.state
 
     def moments(self, h_BCLHW: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation after patchify, before the projection: two [B, raw_channels, L, h/p, w/p]."""
@@ -257,7 +262,7 @@ class VideoVAE(nn.Module):
                 f"shape {list(feature_BCTHW.shape)}; pass the whole feature of these codes, and a state after the first"
             )
         x = self.decoder.pixels(feature_BCTHW, self._unproject(codes_BCLHW), stream)
-        return unpatchify(x, self.config.pixel_patch), stream.state
+        return unpatchify(x.to(codes_BCLHW.dtype), self.config.pixel_patch), stream.state
 
     def decode(self, codes_BCLHW: Tensor, state: Sequence[Tensor] | None = None) -> tuple[Tensor, State]:
         """Frames from summed codes: `decode_features`, then `decode_pixels`.
@@ -277,7 +282,8 @@ class VideoVAE(nn.Module):
                 f"codes must be [B, {self.config.raw_channels}, L >= 1, h, w], found {list(codes_BCLHW.shape)}"
             )
         z = codes_BCLHW / self.scale_learnable_parameters[0]
-        return unpatchify(self.proj_up(z.movedim(1, -1)).movedim(-1, 1), self.config.latent_patch)
+        zq = unpatchify(self.proj_up(z.movedim(1, -1)).movedim(-1, 1), self.config.latent_patch)
+        return zq.to(self.compute_dtype)
 
     def _frames_of(self, codes_BCLHW: Tensor, is_first: bool) -> int:
         unit, latents = self.config.temporal_stride, codes_BCLHW.shape[2]

@@ -166,7 +166,7 @@ class WorldModel(nn.Module):
     @property
     def block_dtype(self) -> torch.dtype:
         """Dtype of the block weights, hence of the residual stream and of cached keys and values."""
-        return next(self.iterate_blocks()).input_layernorm.weight.dtype
+        return next(self.iterate_blocks()).attn.q_proj.weight.dtype
 
     def cast_blocks(self, dtype: torch.dtype) -> "WorldModel":
         """Cast the blocks in place; heads, embeddings and `cfg_uncond` stay fp32 (2.6). Returns self."""

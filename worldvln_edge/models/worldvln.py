@@ -18,9 +18,9 @@ from torch import nn
 
 from worldvln_edge.action_windows import LabelStats
 from worldvln_edge.atomic import atomic_directory
-from worldvln_edge.config import ModelConfig, read_model_config
+from worldvln_edge.config import ModelConfig
 from worldvln_edge.models.action_decoder import LatentActionHead, RgbActionHead
-from worldvln_edge.models.checkpoint_file import CheckpointError, check_layout, read_safetensors
+from worldvln_edge.models.checkpoint_file import CheckpointError
 from worldvln_edge.models.text_encoder import TextEncoder
 from worldvln_edge.models.video_vae import VideoVAE
 from worldvln_edge.models.world_model import WorldModel
@@ -37,17 +37,22 @@ class HeadStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorldVLN(nn.Module):
-    """Text encoder, world model, video VAE and the two action heads of one `ModelConfig`."""
+    """Text encoder, world model, video VAE and the two action heads of one `ModelConfig`.
 
-    def __init__(self, config: ModelConfig):
+    Args:
+        config: sizes.
+        time_embed_std: of both heads, see `TimesFormer`.
+    """
+
+    def __init__(self, config: ModelConfig, *, time_embed_std: float = 0.02):
         super().__init__()
         decoder = config.action_decoder
         self.config = config
         self.text_encoder = TextEncoder(config.text_encoder)
         self.world_model = WorldModel(config.world_model)
         self.vae = VideoVAE(config.video_vae)
-        self.latent_head = LatentActionHead(decoder, config.video_vae.feature_channels)
-        self.rgb_head = RgbActionHead(decoder)
+        self.latent_head = LatentActionHead(decoder, config.video_vae.feature_channels, time_embed_std=time_embed_std)
+        self.rgb_head = RgbActionHead(decoder, time_embed_std=time_embed_std)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,8 @@ class Checkpoint:
     stats: HeadStats
     tokenizer_file: Path
     tensor_file: Path
+    missing_parts: frozenset[str] = frozenset()
+    """Parts that `model` does not have; see `checkpoint_source.CheckpointSource`."""
 
 
 def save_checkpoint(
@@ -105,30 +112,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             not finite.
         ConfigError: `config.json` does not parse.
     """
-    folder = Path(folder)
-    for name in (CONFIG_FILE, TENSOR_FILE, TOKENIZER_FILE, STATS_FILE):
-        if not (folder / name).is_file():
-            found = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
-            raise CheckpointError(f"{folder} is no checkpoint: {name} is missing (found: {found or 'nothing'})")
-    config = read_model_config(folder / CONFIG_FILE)
-    tensors = read_safetensors(folder / TENSOR_FILE)
-    try:
-        stats = msgspec.json.decode((folder / STATS_FILE).read_bytes(), type=HeadStats)
-    except msgspec.MsgspecError as error:
-        raise CheckpointError(f"{folder / STATS_FILE}: not label statistics ({error})") from error
-    with torch.device("meta"):
-        model = WorldVLN(config)
-    where = f"{folder / TENSOR_FILE} ({config.name})"
-    check_layout(model.state_dict(), tensors, where)
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{where}: {name} holds NaN or infinity")
-    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-    model.requires_grad_(False).eval()
-    return Checkpoint(
-        config=config,
-        model=model,
-        stats=stats,
-        tokenizer_file=folder / TOKENIZER_FILE,
-        tensor_file=folder / TENSOR_FILE,
-    )
+    # Imported here because a source is made of the classes above.
+    from worldvln_edge.models.checkpoint_source import load_source, open_checkpoint
+
+    return load_source(open_checkpoint(folder))

@@ -1,0 +1,132 @@
+"""The weight file: equal tensors once, an interrupted run goes on, a full disk is said before anything is written."""
+
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from worldvln_edge.export import weight_file
+from worldvln_edge.export.planned_tensor import CastReports, PlannedTensor, checkpoint_tensor
+from worldvln_edge.export.tracing import ExportError
+from worldvln_edge.export.weight_file import WEIGHTS_FILE, WeightFile
+
+TENSORS = {f"t{i}": torch.randn(7 + i, 5, generator=torch.Generator().manual_seed(i)) for i in range(4)}
+TENSORS["tiny"] = torch.tensor([1e-9, 2.0, 70000.0])
+
+
+class Stopped(Exception):
+    pass
+
+
+class Reader:
+    """Counts what is read; stops like a killed process after `limit` tensors."""
+
+    def __init__(self, limit: int = 100):
+        self.keys: list[str] = []
+        self.limit = limit
+
+    def __call__(self, key: str) -> torch.Tensor:
+        if len(self.keys) == self.limit:
+            raise Stopped
+        self.keys.append(key)
+        return TENSORS[key]
+
+
+def _planned(reports: CastReports, dtype: torch.dtype = torch.float32) -> list[PlannedTensor]:
+    return [checkpoint_tensor(key, tuple(tensor.shape), dtype, reports) for key, tensor in TENSORS.items()]
+
+
+def _write(folder: Path, read: Reader, *, run: str = "run", dtype: torch.dtype = torch.float32) -> CastReports:
+    folder.mkdir(exist_ok=True)
+    reports = CastReports()
+    WeightFile(_planned(reports, dtype)).write(folder, read, reports, run=run)
+    return reports
+
+
+def test_tensors_lie_at_their_places(tmp_path: Path):
+    planned = _planned(CastReports())
+    file = WeightFile([*planned, *planned])
+    _write(tmp_path / "a", Reader())
+    data = (tmp_path / "a" / WEIGHTS_FILE).read_bytes()
+    assert len(data) == file.size_bytes
+    for tensor in planned:
+        start = file.places[tensor.identity]
+        assert start % 64 == 0
+        found = np.frombuffer(data[start : start + tensor.size_bytes], np.float32).reshape(tensor.shape)
+        np.testing.assert_array_equal(found, TENSORS[str(tensor.key)].numpy())
+
+
+def test_large_tensors_begin_on_a_page():
+    reports = CastReports()
+    sizes = {"small": (3,), "large": (64, 1024), "larger": (65, 1024)}
+    planned = [checkpoint_tensor(key, shape, torch.float32, reports) for key, shape in sizes.items()]
+    file = WeightFile(planned)
+    assert [file.places[tensor.identity] % 4096 for tensor in planned] == [0, 0, 0]
+    assert file.places[planned[1].identity] == 4096
+
+
+def test_transposed_and_plain_are_two_tensors():
+    reports = CastReports()
+    plain = checkpoint_tensor("t0", (7, 5), torch.float16, reports)
+    turned = checkpoint_tensor("t0", (7, 5), torch.float16, reports, transposed=True)
+    assert plain.identity != turned.identity
+    np.testing.assert_array_equal(plain.make(Reader()), turned.make(Reader()).T)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3])
+def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(weight_file, "_SYNC_BYTES", 1)  # every tensor is a safe point
+    _write(tmp_path / "whole", Reader())
+    with pytest.raises(Stopped):
+        _write(tmp_path / "cut", Reader(limit))
+    again = Reader()
+    _write(tmp_path / "cut", again)
+    assert again.keys == list(TENSORS)[limit:]
+    assert (tmp_path / "cut" / WEIGHTS_FILE).read_bytes() == (tmp_path / "whole" / WEIGHTS_FILE).read_bytes()
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == [WEIGHTS_FILE]
+
+
+def test_half_a_tensor_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(weight_file, "_SYNC_BYTES", 1)
+    _write(tmp_path / "whole", Reader())
+    with pytest.raises(Stopped):
+        _write(tmp_path / "cut", Reader(2))
+    with (tmp_path / "cut" / WEIGHTS_FILE).open("ab") as stream:
+        stream.write(b"half of the next tensor, whose line was never written")
+    _write(tmp_path / "cut", Reader())
+    assert (tmp_path / "cut" / WEIGHTS_FILE).read_bytes() == (tmp_path / "whole" / WEIGHTS_FILE).read_bytes()
+
+
+def test_leftovers_of_another_run_are_not_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(weight_file, "_SYNC_BYTES", 1)
+    with pytest.raises(Stopped):
+        _write(tmp_path / "cut", Reader(3), run="another")
+    again = Reader()
+    _write(tmp_path / "cut", again)
+    assert again.keys == list(TENSORS)
+
+
+def test_losses_of_a_narrow_dtype_are_counted_and_survive_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(weight_file, "_SYNC_BYTES", 1)
+    reports = _write(tmp_path / "a", Reader(), dtype=torch.float16)
+    (loss,) = reports.losses.values()
+    assert (loss.key, loss.overflowed, loss.flushed) == ("tiny", 1, 1)
+    assert loss.largest == 70000.0
+    (tmp_path / "b").mkdir()
+    first, second = CastReports(), CastReports()
+    file = WeightFile(reversed(_planned(first, torch.float16)))
+    with pytest.raises(Stopped):
+        file.write(tmp_path / "b", Reader(2), first, run="run")
+    again = WeightFile(reversed(_planned(second, torch.float16)))
+    again.write(tmp_path / "b", Reader(), second, run="run")
+    assert second.losses == reports.losses
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(weight_file.shutil, "disk_usage", lambda path: usage(10, 9, 1))
+    with pytest.raises(ExportError, match=r"0\.0 GB free, the bundle needs"):
+        _write(tmp_path / "a", Reader())
+    assert not (tmp_path / "a" / WEIGHTS_FILE).exists()
