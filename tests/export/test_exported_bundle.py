@@ -10,10 +10,12 @@ import torch
 from small_models import random_model, save_random_checkpoint, tiny_config
 
 from worldvln_edge.bundle import Bundle
-from worldvln_edge.export import exporter
+from worldvln_edge.export import exporter, weight_file
 from worldvln_edge.export.exporter import export_bundle
 from worldvln_edge.export.graph_sources import GraphSource, graph_sources, kv_capacity
+from worldvln_edge.export.graph_tracer import GraphTracer
 from worldvln_edge.export.planned_tensor import CastReports, checkpoint_tensor
+from worldvln_edge.export.precision import Precision
 from worldvln_edge.export.tracing import ExportError, trace_graph
 from worldvln_edge.models.checkpoint_file import CheckpointError
 from worldvln_edge.models.checkpoint_source import open_any
@@ -82,6 +84,40 @@ def test_unusable_checkpoint_leaves_the_old_bundle(tmp_path: Path, tiny_bundle: 
     with pytest.raises(CheckpointError, match="truncated"):
         export_bundle(open_any(tmp_path / "checkpoint"), tmp_path / "bundle")
     Bundle.open(tmp_path / "bundle")
+
+
+def test_an_export_that_is_stopped_leaves_the_old_bundle_and_is_taken_up(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Stopped while weights are written: nothing new stands at the place, and the next run goes on."""
+
+    class Stopped(Exception):
+        pass
+
+    monkeypatch.setattr(weight_file, "_SYNC_BYTES", 1)
+    out, tracer = tmp_path / "bundle", GraphTracer()
+    export_bundle(open_any(tiny_checkpoint), out, tracer=tracer)
+    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    source, read = open_any(tiny_checkpoint), []
+
+    def tensor(key: str) -> torch.Tensor:
+        if len(read) == 20:
+            raise Stopped
+        read.append(key)
+        return type(source).tensor(source, key)
+
+    monkeypatch.setattr(source, "tensor", tensor)
+    with pytest.raises(Stopped):
+        export_bundle(source, out, precision=Precision(name="fp32"), tracer=tracer)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+    again = open_any(tiny_checkpoint)
+    rest: list[str] = []
+    monkeypatch.setattr(again, "tensor", lambda key: rest.append(key) or type(again).tensor(again, key))
+    export_bundle(again, out, tracer=tracer)
+    assert rest
+    assert not set(read) & set(rest)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle"]
 
 
 def _source(name: str, module: torch.nn.Module, example: torch.Tensor) -> GraphSource:
