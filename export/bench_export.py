@@ -40,12 +40,11 @@ def bench_export_command(
     """
     rows = []
     work.mkdir(parents=True, exist_ok=True)
-    made = checkpoint is None
+    made = None
     if checkpoint is None:
-        checkpoint = work / "checkpoint"
-        if not (checkpoint / "released.json").exists():
-            command = ["make-checkpoint", "--preset", preset, "--random", "0", "--out", str(checkpoint), "--json"]
-            rows.append({"step": f"make-checkpoint {preset}"} | _run(command))
+        made = checkpoint = work / f"random-{preset}"
+        command = ["make-checkpoint", "--preset", preset, "--random", "0", "--out", str(made), "--json"]
+        rows.append({"step": f"make-checkpoint {preset}"} | _run(command))
     for precision in precisions:
         out = work / precision
         command = ["export", "--checkpoint", str(checkpoint), "--out", str(out), "--precision", precision, "--json"]
@@ -54,8 +53,8 @@ def bench_export_command(
         rows.append({"step": f"export {precision}"} | _run(command) | {"backbone_bytes": _backbone_bytes(out)})
         if not keep:
             shutil.rmtree(out)
-    if made and not keep:
-        shutil.rmtree(checkpoint)
+    if made is not None and not keep:
+        shutil.rmtree(made)
     click.echo(json.dumps(rows) if as_json else _table(rows))
 
 

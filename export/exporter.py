@@ -37,7 +37,7 @@ from worldvln_edge.export.planned_tensor import CastReports
 from worldvln_edge.export.precision import Precision, PrecisionError
 from worldvln_edge.export.quantise import quantise_graph
 from worldvln_edge.export.tracing import ExportError, TracedGraph
-from worldvln_edge.export.weight_file import WEIGHTS_FILE, Progress, WeightFile
+from worldvln_edge.export.weight_file import JOURNAL_FILE, WEIGHTS_FILE, Progress, WeightFile
 from worldvln_edge.export.world_model_graphs import KVFlavour
 from worldvln_edge.models.checkpoint_source import CheckpointSource
 
@@ -122,6 +122,7 @@ def export_bundle(
             files=files,
         )
         write_manifest(folder, manifest)
+        (folder / JOURNAL_FILE).unlink()
     return manifest
 
 
@@ -174,7 +175,8 @@ def export_graphs(
     if reports.overflows:
         listed = ", ".join(f"{r.key} (up to {r.largest:.3g}, {r.overflowed} values)" for r in reports.overflows[:5])
         raise ExportError(
-            f"{len(reports.overflows)} tensors do not fit float16: {listed}; export with --compute bf16 or fp32"
+            f"{len(reports.overflows)} tensors do not fit float16: {listed}; "
+            + ("export with --compute bf16 or fp32" if precision.quantises else "choose --precision bf16 or fp32")
         )
     return {graph.name: _save(graph, folder, weights, precision) for graph in traced}
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from worldvln_edge.config import ModelConfig
-from worldvln_edge.export.graph_sources import graph_sources
+from worldvln_edge.export.graph_sources import GraphSource, graph_sources
 from worldvln_edge.export.planned_tensor import CastReports, PlannedTensor, checkpoint_tensor
 from worldvln_edge.export.precision import Precision
 from worldvln_edge.export.tracing import TracedGraph, fake_model, trace_graph
@@ -19,23 +19,24 @@ from worldvln_edge.export.weight_file import Progress
 from worldvln_edge.export.world_model_graphs import KVFlavour
 from worldvln_edge.models.worldvln import WorldVLN
 
-INPLACE_OPSET, PORTABLE_OPSET = 24, 20
-PORTABLE_INT4_OPSET = 21  # the first with 4-bit tensors
-PORTABLE_BF16_OPSET = 22  # the first whose convolutions take bfloat16
+INPLACE_OPSET = 24  # TensorScatter, Attention with nonpad_kv_seqlen
+PLAIN_OPSET = 20
+INT4_OPSET = 21  # the first with 4-bit tensors
+BF16_OPSET = 22  # the first whose convolutions take bfloat16
 
 
-def opset_of(precision: Precision, kv: KVFlavour) -> int:
-    """ONNX opset of a bundle's graphs."""
-    if kv == "inplace":
+def opset_of(source: GraphSource, precision: Precision, kv: KVFlavour) -> int:
+    """ONNX opset of a graph. Graphs without a KV cache are the same in both flavours."""
+    if source.stack is not None and kv == "inplace":
         return INPLACE_OPSET
     if precision.compute == "bf16":
-        return PORTABLE_BF16_OPSET
-    return PORTABLE_INT4_OPSET if precision.name == "int4" else PORTABLE_OPSET
+        return BF16_OPSET
+    return INT4_OPSET if source.stack is not None and precision.name == "int4" else PLAIN_OPSET
 
 
 @dataclass
 class GraphTracer:
-    """Traces every graph once per model, compute dtype, KV flavour and opset. Not for use by two threads."""
+    """Traces every graph once per model, compute dtype, opset and (with a cache) KV flavour. Not for two threads."""
 
     _known: dict[tuple, TracedGraph] = field(default_factory=dict)
 
@@ -64,7 +65,6 @@ class GraphTracer:
         Raises:
             ExportError: a graph that does not trace.
         """
-        opset = opset_of(precision, kv)
         mode, model = fake_model(config, precision.dtype_of)
         keys = {id(parameter): key for key, parameter in model.named_parameters()}
 
@@ -78,7 +78,8 @@ class GraphTracer:
         for index, source in enumerate(sources):
             if progress is not None:
                 progress(f"graph {source.name} ({index + 1} of {len(sources)})", 0, 0)
-            known = (config.to_json(), precision.compute, kv, opset, source.name)
+            opset = opset_of(source, precision, kv)
+            known = (config.to_json(), precision.compute, kv if source.stack else "", opset, source.name)
             if known not in self._known:
                 self._known[known] = trace_graph(source, keys, weight_of, opset=opset, mode=mode)
             yield _copy(self._known[known], model, reports)

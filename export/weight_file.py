@@ -17,7 +17,8 @@ from worldvln_edge.export.planned_tensor import CastReport, CastReports, Planned
 from worldvln_edge.export.tracing import ExportError
 
 WEIGHTS_FILE = "weights.bin"
-_JOURNAL = ".journal.jsonl"
+JOURNAL_FILE = ".journal.jsonl"
+"""In the folder until the bundle is whole; who finishes the bundle deletes it."""
 _PAGE_BYTES = 4096  # large tensors begin on a page, so that an engine can map them instead of reading them
 _SMALL_BYTES = 64 << 10
 _SMALL_ALIGNMENT = 64
@@ -60,7 +61,7 @@ class WeightFile:
             ExportError: not enough disk.
             CheckpointError: a tensor that cannot be read or holds NaN.
         """
-        journal = folder / _JOURNAL
+        journal = folder / JOURNAL_FILE
         done = self._take_up(folder, run, reports)
         start = self._end(done)
         free = shutil.disk_usage(folder).free
@@ -92,11 +93,10 @@ class WeightFile:
                     _sync(stream, lines, unsynced)
                     pending = 0
             _sync(stream, lines, unsynced)
-        journal.unlink()
 
     def _take_up(self, folder: Path, run: str, reports: CastReports) -> int:
         """Number of tensors that an earlier run of the same work has completed."""
-        journal = folder / _JOURNAL
+        journal = folder / JOURNAL_FILE
         rows = _rows(journal)
         path = folder / WEIGHTS_FILE
         done = 0
@@ -109,7 +109,7 @@ class WeightFile:
                     reports.losses[str(tensor.key)] = CastReport(**row["loss"])
         if done == 0:
             for entry in folder.iterdir():
-                entry.unlink()
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         kept = [{"run": run}, *rows[1 : done + 1]]
         journal.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         return done

@@ -40,11 +40,19 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tracer():
+    """One memory of traced graphs for all tests: exports of a model take seconds from the second one on."""
+    from worldvln_edge.export.graph_tracer import GraphTracer
+
+    return GraphTracer()
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tracer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bundle folder exported from `tiny_checkpoint`. Read-only: copy it before changing a file."""
     from worldvln_edge.export.exporter import export_bundle
     from worldvln_edge.models.checkpoint_source import open_any
 
     folder = tmp_path_factory.mktemp("bundles") / "tiny"
-    export_bundle(open_any(tiny_checkpoint), folder)
+    export_bundle(open_any(tiny_checkpoint), folder, tracer=tracer)
     return folder

@@ -48,17 +48,24 @@ def resumable_directory(target: Path, marker: str) -> Iterator[Path]:
     """
     target = _free_place(target, marker)
     building = target.parent / f".{target.name}.unfinished"
-    building.mkdir(exist_ok=True)
-    with (target.parent / f".{target.name}.lock").open("w") as lock:
+    replaced = building.with_suffix(".replaced")
+    place = target.parent / f".{target.name}.lock"
+    with place.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held the lock before may have deleted the file that was opened here.
+            if not place.exists() or not os.path.samestat(os.fstat(lock.fileno()), place.stat()):
+                raise BlockingIOError
         except BlockingIOError:
             raise FolderInUseError(f"{target} is being written by another process; wait for it to end") from None
         try:
+            if replaced.exists():  # a run was killed while it moved its folder in
+                shutil.rmtree(replaced) if target.exists() else os.replace(replaced, target)
+            building.mkdir(exist_ok=True)
             yield building
             _move_in(building, target)
         finally:
-            Path(lock.name).unlink(missing_ok=True)
+            place.unlink(missing_ok=True)
 
 
 def _free_place(target: Path, marker: str) -> Path:

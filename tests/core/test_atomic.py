@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from worldvln_edge.atomic import FolderInUseError, atomic_directory
+from worldvln_edge.atomic import FolderInUseError, atomic_directory, resumable_directory
 
 MARKER = "old"
 
@@ -110,3 +110,46 @@ def test_killed_writer_leaves_the_old_folder(tmp_path: Path):
     with atomic_directory(target, MARKER) as building:  # what the dead writer left behind is in nobody's way
         (building / "new").touch()
     assert names(target) == ["new"]
+
+
+def _stop(target: Path, name: str, text: str) -> None:
+    """Write a file into the folder that is being built, and stop."""
+
+    def work() -> None:
+        with resumable_directory(target, "marker") as folder:
+            (folder / name).write_text(text)
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        work()
+
+
+def test_unfinished_work_is_found_again(tmp_path: Path):
+    _stop(tmp_path / "out", "half", "done so far")
+    assert not (tmp_path / "out").exists()
+    with resumable_directory(tmp_path / "out", "marker") as folder:
+        assert (folder / "half").read_text() == "done so far"
+        (folder / "marker").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["half", "marker"]
+
+
+def test_two_runs_do_not_build_the_same_folder(tmp_path: Path):
+    with resumable_directory(tmp_path / "out", "marker") as folder:
+        with pytest.raises(FolderInUseError, match="another process"), resumable_directory(tmp_path / "out", "marker"):
+            pass
+        (folder / "marker").touch()
+    assert (tmp_path / "out" / "marker").exists()
+
+
+@pytest.mark.parametrize("moved_in", [False, True])
+def test_a_run_that_was_killed_while_it_moved_in_leaves_nothing_behind(tmp_path: Path, moved_in: bool):
+    old = tmp_path / ".out.replaced"
+    old.mkdir()
+    (old / "marker").write_text("old")
+    if moved_in:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "marker").write_text("newer")
+    _stop(tmp_path / "out", "half", "")
+    assert (tmp_path / "out" / "marker").read_text() == ("newer" if moved_in else "old")
+    assert not old.exists()

@@ -62,7 +62,8 @@ def test_graphs_tell_nothing_of_the_exporting_machine(tiny_bundle: Path):
         data = file.read_bytes()
         assert b"site-packages" not in data
         assert here.encode() not in data
-        assert onnx.load(file, load_external_data=False).opset_import[0].version == 24
+        has_cache = file.name.startswith("world_model")
+        assert onnx.load(file, load_external_data=False).opset_import[0].version == (24 if has_cache else 20)
 
 
 @pytest.mark.parametrize("tokens", [2, 7, 12])
@@ -87,7 +88,7 @@ def test_unusable_checkpoint_leaves_the_old_bundle(tmp_path: Path, tiny_bundle: 
 
 
 def test_an_export_that_is_stopped_leaves_the_old_bundle_and_is_taken_up(
-    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_checkpoint: Path, tracer: GraphTracer, monkeypatch: pytest.MonkeyPatch
 ):
     """Stopped while weights are written: nothing new stands at the place, and the next run goes on."""
 
@@ -95,7 +96,7 @@ def test_an_export_that_is_stopped_leaves_the_old_bundle_and_is_taken_up(
         pass
 
     monkeypatch.setattr(weight_file, "_SYNC_BYTES", 1)
-    out, tracer = tmp_path / "bundle", GraphTracer()
+    out = tmp_path / "bundle"
     export_bundle(open_any(tiny_checkpoint), out, tracer=tracer)
     whole = {path.name: path.read_bytes() for path in out.iterdir()}
     source, read = open_any(tiny_checkpoint), []

@@ -16,6 +16,7 @@ from worldvln_edge.export.calibrate import collect
 from worldvln_edge.export.calibration import Calibration, CalibrationError
 from worldvln_edge.export.channel_scales import ChannelScales
 from worldvln_edge.export.exporter import WEIGHTS_PROPERTY, export_graphs
+from worldvln_edge.export.graph_tracer import GraphTracer
 from worldvln_edge.export.low_bits import block_size, int4_blocks, pack_int4, per_channel, rows_of, stored_scales
 from worldvln_edge.export.planned_tensor import CastReports
 from worldvln_edge.export.precision import Precision, PrecisionError
@@ -55,7 +56,12 @@ def calibration(source: CheckpointSource, checkpoint: Checkpoint) -> Calibration
 
 
 @pytest.fixture(scope="module")
-def exported(source: CheckpointSource, calibration: Calibration, tmp_path_factory: pytest.TempPathFactory):
+def exported(
+    source: CheckpointSource,
+    calibration: Calibration,
+    tracer: GraphTracer,
+    tmp_path_factory: pytest.TempPathFactory,
+):
     """Precision -> folder with its step graph, each written once."""
     made: dict[Precision, Path] = {}
 
@@ -70,6 +76,7 @@ def exported(source: CheckpointSource, calibration: Calibration, tmp_path_factor
                 kv="inplace",
                 calibration=calibration,
                 reports=CastReports(),
+                tracer=tracer,
                 names=(STEP,),
             )
             assert entries[STEP].precision == precision.name

@@ -37,9 +37,12 @@ def calibration(source: CheckpointSource) -> Calibration:
 
 @pytest.fixture(scope="module")
 def export(
-    source: CheckpointSource, calibration: Calibration, tmp_path_factory: pytest.TempPathFactory
+    source: CheckpointSource,
+    calibration: Calibration,
+    tracer: GraphTracer,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str, KVFlavour], Path]:
-    tracer, root = GraphTracer(), tmp_path_factory.mktemp("shipped")
+    root = tmp_path_factory.mktemp("shipped")
 
     def make(name: str, kv: KVFlavour) -> Path:
         folder = root / f"{name}-{kv}"

@@ -237,10 +237,12 @@ def calibration(wide_source: CheckpointSource) -> Calibration:
 
 @pytest.fixture(scope="module")
 def export_wide(
-    wide_source: CheckpointSource, calibration: Calibration, tmp_path_factory: pytest.TempPathFactory
+    wide_source: CheckpointSource,
+    calibration: Calibration,
+    tracer: GraphTracer,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Path]:
     made: dict[str, Path] = {}
-    tracer = GraphTracer()
 
     def export(name: str, kv: str = "inplace", **options: str) -> Path:
         label = f"{name}-{kv}-{'-'.join(options.values())}"
