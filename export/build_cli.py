@@ -33,7 +33,7 @@ def build_command(bundle: Path, target: str, graphs: str | None, jobs: int, styl
     """Build TensorRT engines into a bundle and record them in its manifest.
 
     Engines that are there already are kept. Exit status 1 when a graph does not build; the others are recorded.
-    Engines built ahead of time were not run: their parity is measured on the device.
+    Engines are built and not run: compare the actions on the device before you fly them.
 
     Example: worldvln-edge build bundle --target sm89,sm120
     """

@@ -80,7 +80,7 @@ def export_bundle(
         )
     reports = CastReports()
     with resumable_directory(out, MANIFEST_FILE) as folder:
-        fingerprint = source.fingerprint()
+        fingerprint = source.fingerprint(progress and (lambda done, total: progress("checkpoint hash", done, total)))
         if calibration is not None and precision.needs_calibration:
             calibration.check_model(source.config, fingerprint)
         entries = export_graphs(

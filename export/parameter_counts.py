@@ -24,7 +24,7 @@ class ParameterCount:
     matrices: int = 0
     """Linear weights of the world model's blocks: what int8, fp8 and int4 quantise."""
     precise: int = 0
-    """Rest of the world model (heads, embeddings, norms) and the vocabulary of the text encoder: always fp32 (2.6)."""
+    """Rest of the world model (heads, embeddings, norms) and T5's output projections: always fp32 (2.6)."""
     halved: int = 0
     """Text encoder, VAE and action heads: fp32 in an fp32 bundle, else 16 bits."""
 
@@ -124,8 +124,9 @@ def _text_extras(model: WorldModelConfig) -> int:
 
 def _text_encoder(text: TextEncoderConfig) -> ParameterCount:
     layer = 4 * text.width * text.heads * text.head_dim + 3 * text.width * text.feed_forward + 2 * text.width
-    rest = text.layers * layer + text.relative_buckets * text.heads + text.width
-    return ParameterCount(halved=rest, precise=text.vocabulary * text.width)
+    rest = text.layers * layer + text.relative_buckets * text.heads + text.width + text.vocabulary * text.width
+    wide = text.layers * text.width * text.feed_forward  # activations behind it leave the range of float16
+    return ParameterCount(halved=rest - wide, precise=wide)
 
 
 def _adapter(config: ModelConfig) -> int:

@@ -84,11 +84,9 @@ def trace_graph(
     traced = TracedGraph(source.name, model, weights)
     if source.stack is not None:
         _expand(traced, source.stack, keys, weight_of, opset, mode)
-    found = [v.name for v in graph.inputs]
-    if found != list(source.inputs) or [v.name for v in graph.outputs] != list(source.outputs):
-        raise ExportError(
-            f"graph {source.name}: the exporter changed the inputs to {found}; expected {list(source.inputs)}"
-        )
+    for what, values, expected in (("inputs", graph.inputs, source.inputs), ("outputs", graph.outputs, source.outputs)):
+        if (found := [value.name for value in values]) != list(expected):
+            raise ExportError(f"graph {source.name}: the exporter made the {what} {found}; expected {list(expected)}")
     return traced
 
 

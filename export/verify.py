@@ -155,4 +155,6 @@ def record_parity(bundle_folder: Path, report: ParityReport, closed_loop: Closed
     parity = {row.stage: row.measures() for row in report.rows}
     if closed_loop is not None:
         parity["closed_loop"] = closed_loop.measures()
+    elif "closed_loop" in manifest.parity:
+        parity["closed_loop"] = manifest.parity["closed_loop"]
     write_manifest(bundle_folder, msgspec.structs.replace(manifest, parity=parity, parity_result=result))

@@ -78,6 +78,8 @@ def verify_command(
     if closed_loop is not None and report.engine:
         loop = _closed_loop(bundle, source, reference, closed_loop, seed, workers)
         record_parity(bundle, report, loop)
+    elif closed_loop is not None:
+        click.echo("note: no tasks were flown, because this bundle was not run here", err=True)
     if as_json:
         stages = {row.stage: {**row.measures(), "failures": row.failures} for row in report.rows}
         found = {"result": report.result, "engine": report.engine, "frames": report.frames, "stages": stages}

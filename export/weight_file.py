@@ -61,7 +61,6 @@ class WeightFile:
             ExportError: not enough disk.
             CheckpointError: a tensor that cannot be read or holds NaN.
         """
-        journal = folder / JOURNAL_FILE
         done = self._take_up(folder, run, reports)
         start = self._end(done)
         free = shutil.disk_usage(folder).free
@@ -71,7 +70,22 @@ class WeightFile:
                 f"({(self.size_bytes - start) / 1e9:.1f} GB of it still to be written); make room, or choose a smaller "
                 "precision"
             )
-        with (folder / WEIGHTS_FILE).open("ab") as stream, journal.open("a", encoding="utf-8") as lines:
+        try:
+            self._append(folder, read, reports, done, progress)
+        except OSError as error:
+            raise ExportError(
+                f"{folder / WEIGHTS_FILE} cannot be written ({error.strerror}); make room and run the same export "
+                "again: it goes on where it was"
+            ) from error
+
+    def _append(
+        self, folder: Path, read: TensorReader, reports: CastReports, done: int, progress: Progress | None
+    ) -> None:
+        start = self._end(done)
+        with (
+            (folder / WEIGHTS_FILE).open("ab") as stream,
+            (folder / JOURNAL_FILE).open("a", encoding="utf-8") as lines,
+        ):
             stream.truncate(start)
             stream.seek(start)
             unsynced: list[str] = []

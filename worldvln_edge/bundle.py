@@ -95,7 +95,7 @@ class EngineEntry(msgspec.Struct, frozen=True, kw_only=True):
     sources: dict[str, str]
     """Bundle file -> sha256: the graph and the weights that went into the engine."""
     parity: dict[str, float] = {}
-    """Measure -> value against PyTorch, on the device; empty for an engine that was built, not run."""
+    """Measure -> value against PyTorch, for whoever measures it on the device; empty after a build."""
 
 
 class ParityResult(msgspec.Struct, frozen=True, kw_only=True):

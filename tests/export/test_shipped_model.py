@@ -64,6 +64,12 @@ def test_every_precision_passes_verify(
     assert report.result == ("built, not run" if name in NOT_RUN_ON_CPU else "passed")
 
 
+@pytest.mark.parametrize("name", ["bf16", "fp8", "int8", "int4"])
+def test_every_precision_builds(export: Callable[[str, KVFlavour], Path], name: str):
+    (result,) = build_engines(export(name, "inplace"), parse_targets("sm89"), graphs=[WORLD_MODEL_STEP])
+    assert result.error == ""
+
+
 @pytest.mark.parametrize("kv", ["inplace", "portable"])
 def test_engines_are_built_for_two_gpus_without_a_gpu(export: Callable[[str, KVFlavour], Path], kv: KVFlavour):
     folder = export("fp16", kv)

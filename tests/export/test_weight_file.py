@@ -1,5 +1,6 @@
 """The weight file: equal tensors once, an interrupted run goes on, a full disk is said before anything is written."""
 
+import errno
 from collections import namedtuple
 from pathlib import Path
 
@@ -132,3 +133,16 @@ def test_a_full_disk_is_refused_before_anything_is_written(tmp_path: Path, monke
     with pytest.raises(ExportError, match=r"0\.0 GB free, the bundle needs"):
         _write(tmp_path / "a", Reader())
     assert not (tmp_path / "a" / WEIGHTS_FILE).exists()
+
+
+def test_a_disk_that_fills_up_is_said_and_the_next_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(weight_file.os, "fdatasync", full)
+    with pytest.raises(ExportError, match=r"No space left on device\); make room and run the same export again"):
+        _write(tmp_path / "cut", Reader())
+    monkeypatch.undo()
+    _write(tmp_path / "cut", Reader())
+    _write(tmp_path / "whole", Reader())
+    assert (tmp_path / "cut" / WEIGHTS_FILE).read_bytes() == (tmp_path / "whole" / WEIGHTS_FILE).read_bytes()
