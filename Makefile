@@ -17,6 +17,7 @@ PYTHON ?= $(shell for candidate in python3.11 python3.12 python3.13 python3; do 
 	done; true)
 CHECKPOINT ?= worldvln_edge/checkpoints/nano
 BENCH_ARGS ?=
+TEST_PROCESSES ?= 2
 
 # May we install Debian packages without being asked for a password?
 define apt_install
@@ -29,16 +30,17 @@ define apt_install
 	"$${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(1) >/dev/null
 endef
 
-.PHONY: help setup demo test test-slow bench bench-export lint clean
+.PHONY: help setup demo test test-slow bench bench-schedule bench-gpu bench-export lint clean
 
 help: ## Show this list.
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: setup $(VENV)/.rendering ## Export the committed checkpoint, serve it, fly held-out tasks; writes runs/demo/.
 	$(BIN)/worldvln-edge demo
 
+# Tests that share traced graphs or a fixture run in the same process (tests/process_groups.py).
 test: setup $(VENV)/.rendering ## Run the tests (not the slow, GPU and ROS ones), and say what was skipped and why.
-	$(BIN)/python -m pytest -m "not slow and not gpu and not ros" -rsx --durations=5
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -m "not slow and not gpu and not ros" -rsx --durations=5
 
 test-slow: setup $(VENV)/.rendering ## Run the slow tests.
 	$(BIN)/python -m pytest -m "slow and not gpu and not ros" -rsx --durations=5
@@ -49,7 +51,26 @@ bench: setup $(CHECKPOINT)/model.safetensors ## Time the committed checkpoint on
 		ensure_bundle; ensure_bundle(Path(sys.argv[1]), Path(sys.argv[2]))' $(CHECKPOINT) runs/bench/bundle
 	$(BIN)/worldvln-edge bench runs/bench/bundle $(BENCH_ARGS)
 
-bench-export: setup ## Measure exports at the released sizes, on random weights (42 GB of disk, about an hour).
+# The bundle of `narrow` is made from random weights: nothing but the schedule is measured with it.
+bench-schedule: setup ## The exact schedule against the research server's, at the released scales (16 GB of memory, minutes).
+	[ -e runs/bench/narrow/checkpoint ] || $(BIN)/worldvln-edge make-checkpoint --preset narrow --random 0 \
+		--out runs/bench/narrow/checkpoint
+	$(BIN)/python -c 'import sys; from pathlib import Path; from worldvln_edge.training.bundle_source import \
+		ensure_bundle; ensure_bundle(Path(sys.argv[1]), Path(sys.argv[2]))' runs/bench/narrow/checkpoint runs/bench/narrow/bundle
+	$(BIN)/worldvln-edge bench runs/bench/narrow/bundle --against full-horizon $(BENCH_ARGS)
+
+# Asks for the GPU first, because checkpoint and bundle take 42 GB and half an hour.
+bench-gpu: setup ## Time every graph at the released 8B width on a GPU, random weights (VENV=.venv-gpu EXTRAS=gpu,export).
+	@why=$$($(BIN)/python -c 'from worldvln_edge.runtime.bench_device import why_not_measurable; \
+		print(why_not_measurable() or "")'); \
+	if [ -n "$$why" ]; then echo "not measured: $$why"; exit 0; fi; set -x; \
+	[ -e runs/bench/gpu/checkpoint ] || $(BIN)/worldvln-edge make-checkpoint --preset worldvln-8b --random 0 \
+		--out runs/bench/gpu/checkpoint; \
+	[ -e runs/bench/gpu/bundle/manifest.json ] || $(BIN)/worldvln-edge export --checkpoint runs/bench/gpu/checkpoint \
+		--out runs/bench/gpu/bundle --precision fp16; \
+	$(BIN)/worldvln-edge bench runs/bench/gpu/bundle --device cuda $(BENCH_ARGS)
+
+bench-export: setup ## Measure exports at the released sizes, on random weights (45 GB of disk, about 20 minutes).
 	$(BIN)/worldvln-edge bench-export --work runs/bench-export
 
 # mypy and import-linter follow the mapped rooms only in an installed wheel, so that is what they read. Both run inside

@@ -11,44 +11,51 @@ from pathlib import Path
 
 import click
 
+from worldvln_edge.export.checkpoint_options import CheckpointChoice, checkpoint_options
+from worldvln_edge.export.progress import ProgressBar
+
 _FOLDER = click.Path(file_okay=False, exists=True, path_type=Path)
 
 
 @click.command("calibrate")
-@click.option("--checkpoint", type=_FOLDER, required=True, help="Checkpoint folder: ours, or one with released.json.")
+@checkpoint_options
 @click.option("--flights", type=_FOLDER, help="Folder of `worldvln-edge sim flights`.")
 @click.option("--routes", type=_FOLDER, help="Folder of dataset routes (meta.json, images/).")
 @click.option("--simulate", is_flag=True, help="Fly training tasks in the simulator for this.")
 @click.option("--count", type=click.IntRange(min=1), default=16, show_default=True, help="Flights to measure on.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Picks flights, draws bits.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Picks flights.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File to write.")
-@click.option("--trust-pickle", is_flag=True, help="Allow torch files to run code while they are read.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option(
+    "--scratch", type=_FOLDER, help="Takes hidden states that are too many for memory.  [default: that of --out]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def calibrate_command(
-    checkpoint: Path,
+    checkpoint: CheckpointChoice,
     flights: Path | None,
     routes: Path | None,
     simulate: bool,
     count: int,
     seed: int,
     out: Path,
-    trust_pickle: bool,
+    device: str,
+    scratch: Path | None,
     as_json: bool,
 ) -> None:
     """Measure activations over real frames, for `export --precision int8`, `fp8` and `int4`.
 
-    The checkpoint is flown in PyTorch, in float32: that needs the memory of the whole model, twice its bf16 size.
+    Computed in PyTorch, in float32, block by block: memory holds one block of the model. The hidden states of all
+    flights lie in a temporary file (3 GB a flight at the released sizes).
 
     Example: worldvln-edge calibrate --checkpoint checkpoints/nano --simulate --count 16 --out nano.calibration
     """
     from worldvln_edge.export.calibrate import collect
     from worldvln_edge.export.calibration_flights import read_route_flights, read_shard_flights
-    from worldvln_edge.models.checkpoint_source import load_source, open_any
 
     if sum((flights is not None, routes is not None, simulate)) != 1:
         raise click.UsageError("give exactly one of --flights, --routes and --simulate")
     start = time.perf_counter()
-    source = open_any(checkpoint, trust_pickle=trust_pickle)
+    source = checkpoint.open()
     config = source.config
     if routes is not None:
         origin = f"routes {routes}"
@@ -61,15 +68,10 @@ def calibrate_command(
             command = _simulate(Path(folder) / "flights", count, max(config.image_hw))
             flown = read_shard_flights(Path(folder) / "flights", count, seed)
         origin = f"worldvln-edge {command}"
-    loaded = load_source(source)
-    with click.progressbar(length=count, label="calibrate", file=sys.stderr) as bar:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with ProgressBar("calibrate") as bar:
         calibration = collect(
-            loaded,
-            flown,
-            checkpoint_sha256=source.fingerprint(),
-            source=origin,
-            seed=seed,
-            progress=lambda done: bar.update(done - bar.pos),
+            source, flown, frames_from=origin, device=device, folder=scratch or out.parent, progress=bar.update
         )
     calibration.save(out)
     seconds = time.perf_counter() - start

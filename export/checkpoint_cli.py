@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import resource
-import sys
 import time
 from pathlib import Path
 
 import click
 
+from worldvln_edge.export.progress import ProgressBar
 from worldvln_edge.presets import PRESET_NAMES, preset
 
 
@@ -29,13 +29,9 @@ def make_checkpoint_command(preset_name: str, seed: int, out: Path, shard_gb: fl
     from worldvln_edge.export.make_checkpoint import make_checkpoint
 
     start = time.perf_counter()
-    with click.progressbar(length=1000, label="make", file=sys.stderr, item_show_func=lambda part: part) as bar:
-
-        def progress(part: str, done: int, total: int) -> None:
-            bar.update(1000 * done // total - bar.pos, part)
-
+    with ProgressBar("make") as bar:
         made = make_checkpoint(
-            preset(preset_name), out, seed=seed, shard_bytes=max(1, round(shard_gb * 1e9)), progress=progress
+            preset(preset_name), out, seed=seed, shard_bytes=max(1, round(shard_gb * 1e9)), progress=bar.update
         )
     seconds = time.perf_counter() - start
     size_bytes = sum(made.part_bytes.values())

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import resource
-import sys
 import time
 from pathlib import Path
 from typing import Literal
 
 import click
 
+from worldvln_edge.export.checkpoint_options import CheckpointChoice, checkpoint_options
+from worldvln_edge.export.progress import ProgressBar
+
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command("export")
-@click.option("--checkpoint", type=_FOLDER, required=True, help="Checkpoint folder: ours, or one with released.json.")
+@checkpoint_options
 @click.option("--out", type=_FOLDER, required=True, help="Bundle folder; an existing bundle is replaced.")
 @click.option("--precision", default="fp32", show_default=True, help="fp32, fp16, bf16, int8, int4 or fp8.")
 @click.option("--compute", default="", help="fp32, fp16 or bf16: dtype of what is not quantised. [default: fp16]")
@@ -30,10 +32,9 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     help="inplace: opset 24 (ONNX Runtime, TensorRT 11, TensorRT-RTX); portable: plain operators (TensorRT 10).",
 )
 @click.option("--calibration", type=_FILE, help="File of `worldvln-edge calibrate`, for int8, fp8 and int4 awq.")
-@click.option("--trust-pickle", is_flag=True, help="Allow torch files to run code while they are read.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def export_command(
-    checkpoint: Path,
+    checkpoint: CheckpointChoice,
     out: Path,
     precision: str,
     compute: str,
@@ -41,7 +42,6 @@ def export_command(
     int4_block: int,
     kv: Literal["inplace", "portable"],
     calibration: Path | None,
-    trust_pickle: bool,
     as_json: bool,
 ) -> None:
     """Export a checkpoint to a bundle of ONNX graphs that fly without PyTorch.
@@ -50,23 +50,27 @@ def export_command(
     stopped goes on where it was.
 
     Example: worldvln-edge export --checkpoint checkpoints/nano --out bundle
+
+    Released files: worldvln-edge export --preset worldvln-8b --backbone gpt --vae vae.pth --text flan-t5-xl --action
+    stage2.pt --out bundle --precision fp16
     """
     from worldvln_edge.export.calibration import Calibration
     from worldvln_edge.export.exporter import export_bundle
     from worldvln_edge.export.precision import Precision
-    from worldvln_edge.models.checkpoint_source import open_any
 
     start = time.perf_counter()
     wanted = Precision(name=precision, compute=compute, block=int4_block, int4_method=int4_method)
     ranges = Calibration.load(calibration) if calibration is not None else None
-    source = open_any(checkpoint, trust_pickle=trust_pickle)
-    with _ByteBar("export") as bar:
-        manifest = export_bundle(source, out, precision=wanted, kv=kv, calibration=ranges, progress=bar.update)
+    source = checkpoint.open()
+    with ProgressBar("export") as bar:
+        manifest = export_bundle(
+            source, out, precision=wanted, kv=kv, calibration=ranges, progress=bar.update, note=_say
+        )
     size_bytes = sum(entry.size_bytes for entry in manifest.files.values())
     seconds = time.perf_counter() - start
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     for loss in manifest.cast_losses:
-        click.echo(f"note: {loss.tensor}: {loss.flushed} values became zero in {loss.dtype}", err=True)
+        _say(f"{loss.tensor}: {loss.flushed} values became zero in {loss.dtype}")
     if as_json:
         result = {
             "bundle": str(out),
@@ -85,20 +89,5 @@ def export_command(
         )
 
 
-class _ByteBar:
-    """Progress bar over bytes, whose length is known only after tracing."""
-
-    def __init__(self, label: str):
-        self._label = label
-        self._bar = click.progressbar(length=1000, label=label, file=sys.stderr, item_show_func=lambda name: name)
-
-    def __enter__(self) -> _ByteBar:
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.__exit__(None, None, None)
-
-    def update(self, what: str, done: int, total: int) -> None:
-        at = 1000 * done // total if total else 0
-        self._bar.update(max(0, at - self._bar.pos), what)
+def _say(text: str) -> None:
+    click.echo(f"note: {text}", err=True)

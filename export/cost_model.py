@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from worldvln_edge.config import ModelConfig, TimesFormerConfig
 from worldvln_edge.export.vae_cost import decoder_layers, encoder_layers, pixel_layers, states, widest_elements
 from worldvln_edge.runtime import graphs
+from worldvln_edge.world_model_flops import context_macs, step_macs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +87,13 @@ class CostModel:
     def context(self, tokens: int, past: int) -> CallCost:
         """Keys and values of `tokens` tokens behind `past` entries; the last block stops after them (9.1 g)."""
         model = self.config.world_model
-        last = 2 * model.width * model.kv_heads * model.head_dim
-        deep = model.depth - 1
+        macs = context_macs(model, rows=self.rows, tokens=tokens, visible=self._visible(tokens, past))
         return CallCost(
             graph=graphs.WORLD_MODEL_CONTEXT,
-            weight_macs=self.rows * tokens * (deep * self._block_matrices + last),
-            attention_macs=self._attention(tokens, past, deep),
-            kv_elements=self._kv(tokens, past, deep) + self.rows * tokens * 2 * model.kv_heads * model.head_dim,
+            weight_macs=macs.weights,
+            attention_macs=macs.attention,
+            kv_elements=self._kv(tokens, past, model.depth - 1)
+            + self.rows * tokens * 2 * model.kv_heads * model.head_dim,
             io_elements=self.rows * tokens * model.width,
             activation_elements=self._block_activations(tokens),
             tokens=tokens,
@@ -103,13 +104,11 @@ class CostModel:
         model, (rows, cols) = self.config.world_model, self.config.schedule.latent_hw
         t, h, w = thw
         tokens, channels, bits = t * h * w, model.latent_channels, model.semantic_bits + model.detail_bits
-        down, up = h * cols * (rows + w), rows * w * (h + cols)
+        macs = step_macs(self.config, rows=self.rows, thw=thw, visible=self._visible(tokens, past))
         return CallCost(
             graph=graphs.WORLD_MODEL_STEP,
-            weight_macs=channels * t * (down + up)
-            + tokens * channels * (model.width + bits)
-            + self.rows * tokens * (model.depth * self._block_matrices + 2 * bits * model.width),
-            attention_macs=self._attention(tokens, past, model.depth),
+            weight_macs=macs.weights,
+            attention_macs=macs.attention,
             kv_elements=self._kv(tokens, past, model.depth),
             io_elements=2 * channels * t * rows * cols + 4 * tokens * bits,
             activation_elements=max(self._block_activations(tokens), self.rows * tokens * (2 * model.width + 4 * bits)),
@@ -169,17 +168,8 @@ class CostModel:
         model = self.config.world_model
         return model.depth * 2 * self.rows * model.kv_heads * model.head_dim
 
-    @property
-    def _block_matrices(self) -> int:
-        model = self.config.world_model
-        attention = 2 * model.width**2 + 2 * model.width * model.kv_heads * model.head_dim
-        return attention + 3 * model.width * model.intermediate
-
     def _visible(self, tokens: int, past: int) -> int:
         return max(self.visible_at_least, past + tokens)
-
-    def _attention(self, tokens: int, past: int, layers: int) -> int:
-        return layers * 2 * self.rows * tokens * self._visible(tokens, past) * self.config.world_model.width
 
     def _kv(self, tokens: int, past: int, layers: int) -> int:
         model = self.config.world_model

@@ -3,8 +3,8 @@
 Rates count one multiply-add as two operations, are dense (vendors often print the number with 2:4 sparsity, twice as
 high), and are those of the GPU alone (a Jetson's deep-learning accelerators do not run these graphs). Half-precision
 rates of GeForce cards are those with fp32 accumulation, which is what these models need.
-`basis` says which published number a row rests on and what was derived from it; `source` is where the vendor
-publishes it. A boxed product's clocks and power mode change these numbers: compare before you rely on them.
+`source` is the vendor's document; `basis` says what it prints and what was derived from that. A boxed product's clocks
+and power mode change these numbers: compare before you rely on them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,8 @@ class Device:
     fp16_tops: float  # also bf16
     int8_tops: float | None
     fp8_tops: float | None
-    fp4_tops: float | None  # 4-bit weights alone do not use it: their arithmetic is fp16
     bandwidth_gb_s: float
     memory_gb: float
-    compute_capability: str
     source: str
     basis: str
 
@@ -64,9 +62,6 @@ class Device:
         return self.memory_gb * 1e9
 
 
-_JETSON_ORIN = "https://www.nvidia.com/en-us/autonomous-machines/embedded-systems/jetson-orin/"
-_TO_CHECK = " To be checked against the source before it is quoted."
-
 _DEVICES = (
     Device(
         name="orin-nano-8gb",
@@ -74,13 +69,11 @@ _DEVICES = (
         fp16_tops=16.7,
         int8_tops=33.4,
         fp8_tops=None,
-        fp4_tops=None,
         bandwidth_gb_s=102,
         memory_gb=8,
-        compute_capability="8.7",
-        source=_JETSON_ORIN,
-        basis="25 W 'Super' mode: 67 sparse INT8 TOPS and 102 GB/s; dense is half, fp16 half of that. In the older "
-        "15 W mode: 40 sparse TOPS and 68 GB/s." + _TO_CHECK,
+        source="https://developer.nvidia.com/blog/nvidia-jetson-orin-nano-developer-kit-gets-a-super-boost/",
+        basis="'Super' mode, 25 W: 67 INT8 TOPS sparse, 33 dense, 17 FP16 TFLOPS, 102 GB/s, GPU at 1020 MHz; FP32 is "
+        "that of 1024 cores at that clock. In the older 15 W mode: 40 sparse, 20 dense, 10 FP16, 68 GB/s.",
     ),
     Device(
         name="orin-nx-16gb",
@@ -88,13 +81,11 @@ _DEVICES = (
         fp16_tops=15.0,
         int8_tops=30.0,
         fp8_tops=None,
-        fp4_tops=None,
         bandwidth_gb_s=102.4,
         memory_gb=16,
-        compute_capability="8.7",
-        source=_JETSON_ORIN,
-        basis="GPU share (60 sparse INT8 TOPS at 918 MHz) of the 100 TOPS of the 25 W mode, the rest being DLA; dense "
-        "is half, fp16 half of that. The 'Super' mode clocks the GPU 28 % higher." + _TO_CHECK,
+        source="https://developer.nvidia.com/downloads/jetson-orin-nx-module-series-data-sheet",
+        basis="data sheet DS-10712-001, MAXN: 100 INT8 TOPS sparse of which 40 are the DLAs', so 60 the GPU's (1024 "
+        "cores at 918 MHz); dense is half, fp16 half of that. MAXN_SUPER clocks the GPU at 1173 MHz, 28 % higher.",
     ),
     Device(
         name="agx-orin-64gb",
@@ -102,14 +93,12 @@ _DEVICES = (
         fp16_tops=42.5,
         int8_tops=85.0,
         fp8_tops=None,
-        fp4_tops=None,
         bandwidth_gb_s=204.8,
         memory_gb=64,
-        compute_capability="8.7",
         source="https://www.nvidia.com/content/dam/en-zz/Solutions/gtcf21/jetson-orin/"
         "nvidia-jetson-agx-orin-technical-brief.pdf",
-        basis="GPU: 170 sparse INT8 TOPS, 5.3 FP32 TFLOPS (technical brief); dense is half, fp16 half of that. "
-        "DLA not counted." + _TO_CHECK,
+        basis="GPU: 170 INT8 TOPS sparse, 5.3 FP32 TFLOPS, 204.8 GB/s, 1.3 GHz (also data sheet DS-10662-001); dense "
+        "is half, fp16 half of that. The DLAs' 105 sparse TOPS are not counted.",
     ),
     Device(
         name="thor-t5000",
@@ -117,13 +106,11 @@ _DEVICES = (
         fp16_tops=258.0,
         int8_tops=517.0,
         fp8_tops=517.0,
-        fp4_tops=1035.0,
         bandwidth_gb_s=273,
         memory_gb=128,
-        compute_capability="11.0",
-        source="https://www.nvidia.com/en-us/autonomous-machines/embedded-systems/jetson-thor/",
-        basis="2070 sparse FP4 TFLOPS at 130 W; dense fp4, fp8 and fp16 are a half, a quarter and an eighth of it; "
-        "int8 taken as fp8; fp32 from 2560 cores at 1.57 GHz." + _TO_CHECK,
+        source="https://developer.nvidia.com/blog/introducing-nvidia-jetson-thor-the-ultimate-platform-for-physical-ai/",
+        basis="1035 TFLOPS sparse FP8 and sparse INT8, 517 dense FP8 and sparse FP16, 273 GB/s, at 130 W; dense INT8 "
+        "and FP16 are half of the sparse ones; FP32 is that of 2560 cores at 1.57 GHz.",
     ),
     Device(
         name="rtx-4090",
@@ -131,12 +118,11 @@ _DEVICES = (
         fp16_tops=165.2,
         int8_tops=660.6,
         fp8_tops=330.3,
-        fp4_tops=None,
         bandwidth_gb_s=1008,
         memory_gb=24,
-        compute_capability="8.9",
         source="https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf",
-        basis="appendix A of the architecture paper, dense, fp16 and fp8 with fp32 accumulation." + _TO_CHECK,
+        basis="appendix A, dense: FP16 with FP32 accumulate 165.2, FP8 with FP32 accumulate 330.3 (version 2.02 of the "
+        "paper corrected it), INT8 660.6, FP32 82.6 (non-tensor), 1008 GB/s.",
     ),
     Device(
         name="rtx-5090",
@@ -144,13 +130,11 @@ _DEVICES = (
         fp16_tops=209.5,
         int8_tops=838.0,
         fp8_tops=419.0,
-        fp4_tops=1676.0,
         bandwidth_gb_s=1792,
         memory_gb=32,
-        compute_capability="12.0",
         source="https://images.nvidia.com/aem-dam/Solutions/geforce/blackwell/nvidia-rtx-blackwell-gpu-architecture.pdf",
-        basis="3352 sparse FP4 'AI TOPS' and 1792 GB/s; dense fp4 and int8 are a half and a quarter; fp16 and fp8 with "
-        "fp32 accumulation are a sixteenth and an eighth." + _TO_CHECK,
+        basis="appendix, dense: FP16 with FP32 accumulate 209.5, FP8 with FP32 accumulate 419, 3352 FP4 TOPS sparse, "
+        "INT8 838 (a quarter of it), 1792 GB/s, FP32 104.8 (non-tensor).",
     ),
     Device(
         name="h200",
@@ -158,12 +142,10 @@ _DEVICES = (
         fp16_tops=989.5,
         int8_tops=1979.0,
         fp8_tops=1979.0,
-        fp4_tops=None,
         bandwidth_gb_s=4800,
         memory_gb=141,
-        compute_capability="9.0",
         source="https://www.nvidia.com/en-us/data-center/h200/",
-        basis="SXM: 1979 FP16, 3958 FP8 and INT8 with sparsity, 4.8 TB/s; dense is half." + _TO_CHECK,
+        basis="SXM: 1979 FP16 TFLOPS, 3958 FP8 and INT8, all with sparsity, so dense is half; 67 FP32, 4.8 TB/s.",
     ),
 )
 

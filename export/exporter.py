@@ -7,7 +7,6 @@ Source: runtime/graphs.py (names, inputs and outputs of every graph).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Collection, Iterator, Sequence
@@ -33,13 +32,15 @@ from worldvln_edge.bundle import (
 from worldvln_edge.export.calibration import Calibration
 from worldvln_edge.export.graph_sources import guidance_rows, kv_capacity
 from worldvln_edge.export.graph_tracer import GraphTracer
-from worldvln_edge.export.planned_tensor import CastReports
+from worldvln_edge.export.planned_tensor import CastOverflowError, CastReports
 from worldvln_edge.export.precision import Precision, PrecisionError
+from worldvln_edge.export.progress import Note, Progress
 from worldvln_edge.export.quantise import quantise_graph
 from worldvln_edge.export.tracing import ExportError, TracedGraph
-from worldvln_edge.export.weight_file import JOURNAL_FILE, WEIGHTS_FILE, Progress, WeightFile
+from worldvln_edge.export.weight_file import JOURNAL_FILE, WEIGHTS_FILE, WeightFile
 from worldvln_edge.export.world_model_graphs import KVFlavour
-from worldvln_edge.models.checkpoint_source import CheckpointSource
+from worldvln_edge.exporter_identity import exporter_identity
+from worldvln_edge.models.checkpoint_source import CheckpointChangedError, CheckpointSource
 
 WEIGHTS_PROPERTY = "worldvln.weights"
 """Metadata of a graph file: JSON, initializer -> `PlannedTensor.identity`, for `verify`."""
@@ -54,6 +55,7 @@ def export_bundle(
     calibration: Calibration | None = None,
     tracer: GraphTracer | None = None,
     progress: Progress | None = None,
+    note: Note | None = None,
 ) -> Manifest:
     """Write a bundle, whole or not at all.
 
@@ -64,10 +66,11 @@ def export_bundle(
         kv: flavour of the KV cache, see `world_model_graphs`.
         calibration: ranges of activations, for the precisions that need them.
         tracer: pass the same one to several exports of a model, and they share the tracing.
-        progress: what is being done.
+        progress: what is being done, in bytes.
+        note: told when an unfinished export cannot be taken up.
 
     Raises:
-        CheckpointError, ConfigError: unusable checkpoint.
+        CheckpointError, ConfigError: unusable checkpoint, or one that changed while it was read.
         PrecisionError: a calibration is needed, or is of another model.
         ExportError: a graph that does not export, weights that do not fit the precision, or not enough disk.
         FolderInUseError: `out` holds something else.
@@ -83,18 +86,27 @@ def export_bundle(
         fingerprint = source.fingerprint(progress and (lambda done, total: progress("checkpoint hash", done, total)))
         if calibration is not None and precision.needs_calibration:
             calibration.check_model(source.config, fingerprint)
-        entries = export_graphs(
-            source,
-            folder,
-            run=fingerprint,
-            precision=precision,
-            kv=kv,
-            calibration=calibration,
-            reports=reports,
-            tracer=tracer,
-            progress=progress,
-        )
-        shutil.copyfile(source.tokenizer_file, folder / TOKENIZER_FILE)
+        try:
+            entries = export_graphs(
+                source,
+                folder,
+                run=fingerprint,
+                precision=precision,
+                kv=kv,
+                calibration=calibration,
+                reports=reports,
+                tracer=tracer,
+                progress=progress,
+                note=note,
+            )
+            shutil.copyfile(source.tokenizer_file, folder / TOKENIZER_FILE)
+            source.check_unchanged()
+        except CastOverflowError as error:
+            shutil.rmtree(folder)  # no later run could go on from here
+            raise ExportError(f"{error}; {_wider(precision)}") from error
+        except CheckpointChangedError:
+            shutil.rmtree(folder)  # tensors of two checkpoints
+            raise
         if progress is not None:
             progress("hashes", 1, 1)
         files: dict[str, FileEntry] = {
@@ -138,6 +150,7 @@ def export_graphs(
     tracer: GraphTracer | None = None,
     names: Collection[str] | None = None,
     progress: Progress | None = None,
+    note: Note | None = None,
 ) -> dict[str, GraphEntry]:
     """Write graph files and their weight file.
 
@@ -148,13 +161,14 @@ def export_graphs(
         precision, kv, calibration, tracer: see `export_bundle`.
         reports: takes what casts lose.
         names: of the graphs; None writes all.
-        progress: see `export_bundle`.
+        progress, note: see `export_bundle`.
 
     Returns:
         What the manifest says of every graph.
 
     Raises:
-        See `export_bundle`.
+        CastOverflowError: a tensor does not fit its dtype; it is the first one.
+        Others: see `export_bundle`.
     """
     rgb_head = "rgb_head" not in source.missing_parts
     traced = list(
@@ -165,28 +179,23 @@ def export_graphs(
     for graph in traced:
         quantise_graph(graph, precision, calibration, reports)
     weights = WeightFile(tensor for graph in traced for tensor in graph.weights.values())
-    weights.write(
-        folder,
-        source.tensor,
-        reports,
-        run=_run_name(run, precision, kv, calibration, weights),
-        progress=progress,
-    )
-    if reports.overflows:
-        listed = ", ".join(f"{r.key} (up to {r.largest:.3g}, {r.overflowed} values)" for r in reports.overflows[:5])
-        raise ExportError(
-            f"{len(reports.overflows)} tensors do not fit float16: {listed}; "
-            + ("export with --compute bf16 or fp32" if precision.quantises else "choose --precision bf16 or fp32")
-        )
+    identity = {
+        "checkpoint": run,
+        "precision": repr(precision),
+        "KV flavour": kv,
+        "calibration": calibration.sha256 if calibration and precision.needs_calibration else "",
+        "exporter (its code or its packages)": exporter_identity(),
+        "choice of graphs": " ".join(graph.name for graph in traced),
+    }
+    weights.write(folder, source.tensor, reports, run=identity, progress=progress, note=note)
     return {graph.name: _save(graph, folder, weights, precision) for graph in traced}
 
 
-def _run_name(
-    fingerprint: str, precision: Precision, kv: str, calibration: Calibration | None, weights: WeightFile
-) -> str:
-    parts = [__version__, fingerprint, repr(precision), kv, calibration.sha256 if calibration else "-"]
-    parts += [f"{identity}@{offset}" for identity, offset in weights.places.items()]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+def _wider(precision: Precision) -> str:
+    """What to do about a tensor that float16 cannot hold."""
+    if precision.quantises:
+        return "nothing was exported; compute in a wider dtype: --compute bf16 or --compute fp32"
+    return "nothing was exported; choose --precision bf16 or --precision fp32"
 
 
 def _save(traced: TracedGraph, folder: Path, weights: WeightFile, precision: Precision) -> GraphEntry:

@@ -1,91 +1,147 @@
 """Free flights: the bundle draws its own bits from the same uniform numbers as PyTorch.
 
-In fp32 a bit may only flip at a tie: its uniform number lies within `TIE` of its probability, so rounding may decide
-either way. Everything drawn after it may differ, so actions are compared where all bits of a segment are equal. In
-lower precision bits do flip; the row then reports how many agree, and how far the actions of all segments are apart.
+A bit may only flip at a tie: its uniform number lies so close to its probability that rounding decides. How close is
+the bound of the probabilities themselves (row `world_model`). Everything drawn after the first flip may differ, so
+actions are compared where all bits of a segment are equal.
 Source: spec/world_model.md 6, 9.6.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
-from worldvln_edge.export.parity_bounds import ParityRow, StageBounds, VerifyError, bounds_of_flights
-from worldvln_edge.export.stage_parity import action_difference, action_values, probabilities, records_of
+from worldvln_edge.export.forced_flight import probabilities, records_of
+from worldvln_edge.export.parity_bounds import (
+    ParityRow,
+    StageBounds,
+    VerifyError,
+    action_difference,
+    action_values,
+)
 from worldvln_edge.export.torch_flight import TorchSegment
 from worldvln_edge.models.generation import StepRecord
 from worldvln_edge.noise import step_uniforms
 from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy
 
 
+@dataclass(frozen=True, kw_only=True)
+class FlownSegment:
+    """What a session of the bundle did in one segment."""
+
+    observed: tuple[tuple[np.ndarray, ...], ...]
+    """Bits of every observed clip, step by step."""
+    drawn: tuple[tuple[np.ndarray, ...], ...]
+    actions: np.ndarray
+    """[N, 6], cm and deg."""
+
+
+def fly_freely(
+    policy: WorldVLNPolicy, instruction: str, video: list[np.ndarray], seed: int, segments: int
+) -> list[FlownSegment]:
+    """Fly as a session does, frame by frame.
+
+    Args:
+        policy: of the bundle.
+        instruction: without tags.
+        video: uint8 RGB frames.
+        seed: of the draws.
+        segments: how many.
+
+    Raises:
+        VerifyError: a segment without actions.
+    """
+    session, sent, flown = policy.new_session(instruction, seed=seed, record=True), 0, []
+    for index in range(segments):
+        end = policy.config.horizon.points[index]
+        chunk = session.observe(video[sent:end])
+        sent = end
+        if chunk is None:
+            raise VerifyError(f"the bundle gave no actions for segment {index}")
+        flown.append(
+            FlownSegment(
+                observed=tuple(clip.bits for clip in session.observed_clips),
+                drawn=tuple(clip.bits for clip in session.last_prediction),
+                actions=chunk.actions,
+            )
+        )
+    return flown
+
+
+@dataclass
+class BitShares:
+    """How many bits are equal, observed and drawn ones apart."""
+
+    observed_equal: int = 0
+    observed: int = 0
+    drawn_equal: int = 0
+    drawn: int = 0
+
+    def values(self) -> dict[str, float]:
+        """Shares; none of what was not seen."""
+        counts = {
+            "observed_bits_equal": (self.observed_equal, self.observed),
+            "drawn_bits_equal": (self.drawn_equal, self.drawn),
+        }
+        return {name: equal / total for name, (equal, total) in counts.items() if total}
+
+    def compare(self, flown: FlownSegment, segment: TorchSegment) -> Iterator[tuple[bool, StepRecord, np.ndarray]]:
+        """Count one segment. Yields (is it drawn, its record, which bits are equal) of every step."""
+        for index, bits in enumerate((*flown.observed, *flown.drawn)):
+            is_drawn = index >= len(flown.observed)
+            for found, record in zip(bits, records_of(segment, index), strict=True):
+                same = found == record.bits_BThwd[0].numpy()
+                if is_drawn:
+                    self.drawn_equal, self.drawn = self.drawn_equal + int(same.sum()), self.drawn + same.size
+                else:
+                    self.observed_equal, self.observed = (
+                        self.observed_equal + int(same.sum()),
+                        self.observed + same.size,
+                    )
+                yield is_drawn, record, same
+
+
 class FlightParity:
     """Sums over flights.
 
     Args:
-        policy: of the bundle.
-        flips_at_ties_only: the rule of fp32.
+        must_agree: segments without a flip have to exist. So it is in fp32, where ties are rare.
     """
 
-    def __init__(self, policy: WorldVLNPolicy, *, flips_at_ties_only: bool):
-        self.policy, self.flips_at_ties_only = policy, flips_at_ties_only
-        self.points = policy.config.horizon.points
-        self.equal = {"observed": 0, "drawn": 0}
-        self.total = {"observed": 0, "drawn": 0}
+    def __init__(self, *, must_agree: bool):
+        self.must_agree = must_agree
+        self.bits = BitShares()
         self.margin: float | None = None
         self.actions: list[np.ndarray] = []
-        self.flights = 0
+        self.segments = 0
 
-    def add(self, instruction: str, video: list[np.ndarray], seed: int, segments: list[TorchSegment]) -> None:
-        """Fly as a session does, frame by frame of the same video.
-
-        Raises:
-            VerifyError: the bundle gives no actions where PyTorch does.
-        """
-        self.flights += 1
-        session, sent = self.policy.new_session(instruction, seed=seed), 0
-        for index, segment in enumerate(segments):
-            chunk = session.observe(video[sent : self.points[index]])
-            sent = self.points[index]
-            if chunk is None:
-                raise VerifyError(f"the bundle gave no actions for segment {index}")
-            observed = [clip.bits for clip in session.observed_clips]
-            drawn = [clip.bits for clip in session.last_prediction]
-            margin = self._compare_bits([*observed, *drawn], len(observed), segment, seed)
-            if margin is None or not self.flips_at_ties_only:
-                self.actions.append(action_difference(chunk.actions, segment.actions))
-            if margin is not None:
+    def add(self, flown: Sequence[FlownSegment], segments: Sequence[TorchSegment], seed: int) -> None:
+        """One flight of the bundle, and PyTorch's with the bundle's weights and the same seed."""
+        for own, segment in zip(flown, segments, strict=True):
+            self.segments += 1
+            flips, margin = False, 0.0
+            for is_drawn, record, same in self.bits.compare(own, segment):
+                if not same.all() and not flips:
+                    flips, margin = True, _margin(record, same, seed) if is_drawn else 0.0
+            if flips:
                 self.margin = max(self.margin or 0.0, margin)
-
-    def _compare_bits(
-        self, clips: list[tuple[np.ndarray, ...]], observed: int, segment: TorchSegment, seed: int
-    ) -> float | None:
-        """Margin of the first flip; None where no bit flipped, 0 where it is an observed one."""
-        margin = None
-        for index, bits in enumerate(clips):
-            kind = "observed" if index < observed else "drawn"
-            for found, record in zip(bits, records_of(segment, index), strict=True):
-                same = found == record.bits_BThwd[0].numpy()
-                self.equal[kind] += int(same.sum())
-                self.total[kind] += same.size
-                if not same.all() and margin is None:
-                    margin = _margin(record, same, seed) if kind == "drawn" else 0.0
-        return margin
+            else:
+                self.actions.append(action_difference(own.actions, segment.actions))
 
     def row(self, bounds: StageBounds) -> ParityRow:
         """The row `flight`."""
-        shares = {kind: self.equal[kind] / self.total[kind] for kind in self.equal if self.total[kind]}
-        values = {f"{kind}_bits_equal": share for kind, share in shares.items()}
-        failures: list[str] = []
-        note = ""
+        values, failures, note = self.bits.values(), [], ""
+        values["segments_without_flip"] = float(len(self.actions))
         if self.actions:
             values |= action_values(self.actions)
-        else:
+        elif self.must_agree:
             failures.append("no segment had equal bits, so no actions were compared; try another --seed")
-        if self.flips_at_ties_only and self.margin is not None:
+        if self.margin is not None:
             values["first_flip_margin"] = self.margin
-            note = f"tie at {self.margin:.1e}"
-        limits = bounds_of_flights(bounds, self.flights)
-        return ParityRow("flight", values, failures + limits.failures(values), note)
+            note = f"{len(self.actions)} of {self.segments} segments without a flip, ties at {self.margin:.1e}"
+        return ParityRow("flight", values, failures + bounds.failures(values), note, bounds)
 
 
 def _margin(record: StepRecord, same: np.ndarray, seed: int) -> float:

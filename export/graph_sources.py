@@ -90,17 +90,20 @@ def _text_and_world_model(model: WorldVLN, kv: KVFlavour) -> Iterator[GraphSourc
         outputs=("text_embeds", "uncond_embeds"),
         dynamic={"ids": {1: length}},
     )
+    stems = graphs.cache_stems(world.depth)
+    past, present = tuple(f"past_{s}" for s in stems), tuple(f"present_{s}" for s in stems)
     tokens = Dim("tokens", min=1, max=capacity)
+    # Scales that are not guided run with the instruction's row alone.
+    row: dict[int, object] = {0: Dim(graphs.GUIDANCE_ROWS, min=1, max=rows)} if rows > 1 else {}
+    per_row = {name: row for name in ("write_index", "kv_length", *past)} if row else {}
     yield GraphSource(
         name=graphs.LATENT_EMBED,
         module=LatentEmbedGraph(model.world_model),
         example=(torch.zeros(rows, 11, world.latent_channels),),
         inputs=("latents",),
         outputs=("embeds",),
-        dynamic={"latents": {1: tokens}},
+        dynamic={"latents": {**row, 1: tokens}},
     )
-    stems = graphs.cache_stems(world.depth)
-    past, present = tuple(f"past_{s}" for s in stems), tuple(f"present_{s}" for s in stems)
 
     def caches() -> tuple[Tensor, ...]:
         dtype = model.world_model.block_dtype
@@ -121,7 +124,7 @@ def _text_and_world_model(model: WorldVLN, kv: KVFlavour) -> Iterator[GraphSourc
         ),
         inputs=("embeds", "rope", "write_index", "kv_length", *past),
         outputs=present,
-        dynamic={"embeds": {1: tokens}, "rope": {1: tokens}},
+        dynamic={"embeds": {**row, 1: tokens}, "rope": {1: tokens}, **per_row},
         stack=_stack(model, kv, context=True),
     )
     frames, h, w = Dim("frames", min=1), Dim("rows", min=1), Dim("cols", min=1)
@@ -133,7 +136,7 @@ def _text_and_world_model(model: WorldVLN, kv: KVFlavour) -> Iterator[GraphSourc
         name=graphs.WORLD_MODEL_STEP,
         module=StepGraph(
             model.world_model,
-            guidance_rows=rows,
+            is_guided=rows > 1,
             norm_threshold=generation.apg_norm_threshold,
             eta=generation.apg_eta,
         ),
@@ -167,6 +170,7 @@ def _text_and_world_model(model: WorldVLN, kv: KVFlavour) -> Iterator[GraphSourc
             "uniforms": {0: frames, 1: h, 2: w},
             "forced_bits": {0: frames, 1: h, 2: w},
             "rope": {1: frames, 2: h, 3: w},
+            **per_row,
         },
         stack=_stack(model, kv, context=False),
     )
@@ -177,6 +181,8 @@ def _stack(model: WorldVLN, kv: KVFlavour, *, context: bool) -> BlockStack:
     config, world = model.config, model.config.world_model
     rows, capacity = guidance_rows(config), kv_capacity(config)
     dtype, tokens = model.world_model.block_dtype, Dim("tokens", min=1, max=capacity)
+    row = {0: Dim(graphs.GUIDANCE_ROWS, min=1, max=rows)} if rows > 1 else {}
+    per_row = {name: row for name in ("write_index", "kv_length", "past_key", "past_value")} if row else {}
 
     def source(block: nn.Module, only_kv: bool) -> GraphSource:
         cache_shape = (rows, world.kv_heads, capacity, world.head_dim)
@@ -193,7 +199,7 @@ def _stack(model: WorldVLN, kv: KVFlavour, *, context: bool) -> BlockStack:
             ),
             inputs=("x", "rope", "write_index", "kv_length", "past_key", "past_value"),
             outputs=("present_key", "present_value") if only_kv else ("next_x", "present_key", "present_value"),
-            dynamic={"x": {1: tokens}, "rope": {1: tokens}},
+            dynamic={"x": {**row, 1: tokens}, "rope": {1: tokens}, **per_row},
         )
 
     blocks = list(model.world_model.iterate_blocks())

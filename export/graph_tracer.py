@@ -14,8 +14,8 @@ from worldvln_edge.config import ModelConfig
 from worldvln_edge.export.graph_sources import GraphSource, graph_sources
 from worldvln_edge.export.planned_tensor import CastReports, PlannedTensor, checkpoint_tensor
 from worldvln_edge.export.precision import Precision
+from worldvln_edge.export.progress import Progress
 from worldvln_edge.export.tracing import TracedGraph, fake_model, trace_graph
-from worldvln_edge.export.weight_file import Progress
 from worldvln_edge.export.world_model_graphs import KVFlavour
 from worldvln_edge.models.worldvln import WorldVLN
 

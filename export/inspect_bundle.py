@@ -20,7 +20,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
-from worldvln_edge.bundle import MANIFEST_FILE, BundleError, Manifest, _parse_manifest
+from worldvln_edge.bundle import MANIFEST_FILE, Bundle, BundleError, Manifest
 
 _BITS = {
     TensorProto.DOUBLE: 64,
@@ -114,10 +114,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         BundleError: no bundle, another schema version, a missing file or one of another size.
     """
-    path = Path(folder) / MANIFEST_FILE
-    if not path.is_file():
-        raise BundleError(f"{folder} is no bundle: {MANIFEST_FILE} is missing; make one with `worldvln-edge export`")
-    manifest = _parse_manifest(path)
+    manifest = Bundle.open_manifest(folder)
     for name, entry in manifest.files.items():
         file = Path(folder) / name
         if not file.is_file():
@@ -129,7 +126,9 @@ def read_manifest(folder: Path) -> Manifest:
             )
     for graph in manifest.graphs.values():
         if graph.file not in manifest.files:
-            raise BundleError(f"{path}: graph file {graph.file} has no hash; export the bundle again")
+            raise BundleError(
+                f"{Path(folder) / MANIFEST_FILE}: graph file {graph.file} has no hash; export the bundle again"
+            )
     return manifest
 
 

@@ -19,7 +19,8 @@ import torch
 
 from worldvln_edge.atomic import atomic_directory
 from worldvln_edge.config import ModelConfig
-from worldvln_edge.export.random_weights import PlannedTensor, draw, pieces, plan_tensor
+from worldvln_edge.export.progress import Progress
+from worldvln_edge.export.random_weights import RandomTensor, draw, pieces, plan_tensor
 from worldvln_edge.models.checkpoint_source import RELEASED_FILE, ReleasedParts
 from worldvln_edge.models.released_text import HF_CONFIG_FILE, HF_TOKENIZER_FILE
 from worldvln_edge.models.stored_tensors import INDEX_FILE
@@ -49,8 +50,6 @@ _WORDS = (
     "tower building tree road car bridge river red blue green white tall meters degrees"
 )
 
-Progress = Callable[[str, int, int], None]
-
 
 class MakeCheckpointError(ValueError):
     """A checkpoint that cannot be written as asked. The message says what stands in the way."""
@@ -64,7 +63,7 @@ class MadeCheckpoint:
     """Bytes on disk of `backbone`, `vae.pth`, `text_encoder`, `action_decoder.pt`."""
 
 
-def plan(config: ModelConfig) -> dict[str, list[PlannedTensor]]:
+def plan(config: ModelConfig) -> dict[str, list[RandomTensor]]:
     """Every tensor of the released files of a model of these sizes, by part, in the order of the state dict.
 
     Parts: `BACKBONE`, `VAE`, `TEXT`, and the three state dicts of the combined checkpoint. Nothing is allocated.
@@ -72,7 +71,7 @@ def plan(config: ModelConfig) -> dict[str, list[PlannedTensor]]:
     with torch.device("meta"):
         model = WorldVLN(config)
 
-    def tensors(module: torch.nn.Module) -> list[PlannedTensor]:
+    def tensors(module: torch.nn.Module) -> list[RandomTensor]:
         return [plan_tensor(key, tuple(t.shape), torch.float32) for key, t in module.state_dict().items()]
 
     vae = tensors(model.vae)
@@ -172,9 +171,9 @@ def make_checkpoint(
     return MadeCheckpoint(folder=Path(out), parameters=parameters, part_bytes=sizes)
 
 
-def shards_of(tensors: Sequence[PlannedTensor], shard_bytes: int) -> list[list[PlannedTensor]]:
+def shards_of(tensors: Sequence[RandomTensor], shard_bytes: int) -> list[list[RandomTensor]]:
     """Cut a list of tensors, in order, into shards of at most `shard_bytes`."""
-    shards: list[list[PlannedTensor]] = [[]]
+    shards: list[list[RandomTensor]] = [[]]
     size = 0
     for tensor in tensors:
         if shards[-1] and size + tensor.size_bytes > shard_bytes:
@@ -188,7 +187,7 @@ def shards_of(tensors: Sequence[PlannedTensor], shard_bytes: int) -> list[list[P
 def _write_shards(
     folder: Path,
     part: str,
-    tensors: Sequence[PlannedTensor],
+    tensors: Sequence[RandomTensor],
     seed: int,
     shard_bytes: int,
     advance: Callable[[str, int], None],
@@ -206,7 +205,7 @@ def _write_shards(
 
 
 def _write_shard(
-    file: BinaryIO, part: str, tensors: Iterable[PlannedTensor], seed: int, advance: Callable[[str, int], None]
+    file: BinaryIO, part: str, tensors: Iterable[RandomTensor], seed: int, advance: Callable[[str, int], None]
 ) -> None:
     # Wide types first, so that every tensor starts at a multiple of its item size.
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)

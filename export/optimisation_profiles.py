@@ -80,8 +80,15 @@ def graph_profiles(
             f"graph {graph} has open dimensions ({', '.join(sorted(dynamic))}) and no flight shapes are known for it; "
             "leave it out with --graphs, or export the bundle again with this version"
         )
+    # Caches and indices are open in the guidance rows alone: with all of them, or with the instruction's.
+    per_row = {
+        name: Span(lowest=_with_rows(shape, 1), best=_with_rows(shape, rows), highest=_with_rows(shape, rows))
+        for name, shape in dynamic.items()
+        if {size for size in shape if isinstance(size, str)} == {graphs.GUIDANCE_ROWS}
+    }
     profiles: list[Profile] = []
     for shapes in _SHAPES[graph](_Flight(config, rows)):
+        shapes = {**per_row, **shapes}
         missing = sorted(dynamic.keys() - shapes.keys())
         if missing:
             raise ProfileError(f"graph {graph}: no flight shapes are known for input {missing[0]}; export it again")
@@ -91,6 +98,10 @@ def graph_profiles(
         if profile not in profiles:
             profiles.append(profile)
     return tuple(profiles) if style == "exact" else (_hull(profiles),)
+
+
+def _with_rows(shape: tuple[int | str, ...], rows: int) -> Shape:
+    return tuple(rows if isinstance(size, str) else size for size in shape)
 
 
 def _check(graph: str, name: str, declared: tuple[int | str, ...], span: Span) -> None:
@@ -148,21 +159,24 @@ class _Flight:
         }
         return sorted(tokens)
 
-    def clip_latents(self) -> list[int]:
-        """Latent frames of one decoder call: an observed clip, or all clips of a segment together."""
-        segment = self.config.horizon.step // self.stride
-        return sorted({clip.frames for clip in self.schedule.clips[1:]} | {segment})
+    def segment_latents(self) -> int:
+        """Latent frames of a segment."""
+        return self.config.horizon.step // self.stride
 
     def adapter_frames(self) -> list[int]:
-        """Frames of one adapter call: the last observed ones of a clip, or a predicted segment."""
-        left, step = self.config.action_decoder.left_context, self.config.horizon.step
-        observed = {1} | {min(left, clip.frames * self.stride) for clip in self.schedule.clips[1:]}
-        return sorted(observed | {step})
+        """Frames of one adapter call: observed latent frames that hold context, or a predicted segment."""
+        context = -(-self.config.action_decoder.left_context // self.stride)
+        observed = {1} | {count * self.stride for count in range(1, context + 1)}
+        return sorted(observed | {self.config.horizon.step})
 
     def head_frames(self) -> list[int]:
         """Frames of one action head call: the observed context and the segment."""
         horizon, left = self.config.horizon, self.config.action_decoder.left_context
         return sorted({min(left, point) + horizon.step for point in horizon.points[:-1]})
+
+    def per_row(self, *shape: int) -> Span:
+        """A shape for every number of guidance rows, best with all of them."""
+        return Span(lowest=(1, *shape), best=(self.rows, *shape), highest=(self.rows, *shape))
 
     def open_length(self, best: int, highest: int) -> tuple[int, int, int]:
         return 1, min(best, highest), highest
@@ -182,18 +196,21 @@ def _text_encoder(flight: _Flight) -> Iterator[Profile]:
 
 def _latent_embed(flight: _Flight) -> Iterator[Profile]:
     for tokens in flight.observed_tokens():
-        yield {"latents": Span.fixed((flight.rows, tokens, flight.config.world_model.latent_channels))}
+        yield {"latents": flight.per_row(tokens, flight.config.world_model.latent_channels)}
 
 
 def _context(flight: _Flight) -> Iterator[Profile]:
     model = flight.config.world_model
-    shapes: dict[str, Callable[[int], Shape]] = {
-        "embeds": lambda n: (flight.rows, n, model.width),
-        "rope": lambda n: (2, n, model.head_dim // 2),
-    }
-    for tokens in flight.observed_tokens():
-        yield _ranged((tokens, tokens, tokens), **shapes)
-    yield _ranged(flight.open_length(model.text_max_tokens // 4, model.text_max_tokens), **shapes)
+    lengths = [(tokens, tokens, tokens) for tokens in flight.observed_tokens()]
+    for lowest, best, highest in (*lengths, flight.open_length(model.text_max_tokens // 4, model.text_max_tokens)):
+        yield {
+            "embeds": Span(
+                lowest=(1, lowest, model.width),
+                best=(flight.rows, best, model.width),
+                highest=(flight.rows, highest, model.width),
+            ),
+            **_ranged((lowest, best, highest), rope=lambda n: (2, n, model.head_dim // 2)),
+        }
 
 
 def _step(flight: _Flight) -> Iterator[Profile]:
@@ -215,7 +232,7 @@ def _step(flight: _Flight) -> Iterator[Profile]:
 def _vae_encoder(flight: _Flight) -> Iterator[Profile]:
     # Frames come as the drone sends them: any number of whole groups, up to all that a horizon encodes.
     groups = max(1, (flight.config.horizon.points[-2] - 1) // flight.stride)
-    clip = max(flight.clip_latents())
+    clip = flight.segment_latents()
     height, width = flight.config.image_hw
 
     def shape(groups: int) -> Shape:
@@ -226,15 +243,17 @@ def _vae_encoder(flight: _Flight) -> Iterator[Profile]:
 
 
 def _vae_decoder(flight: _Flight) -> Iterator[Profile]:
+    # A predicted segment at once; observed latent frames as they come, one by one where frames do.
     rows, cols = flight.config.schedule.latent_hw
-    for latents in flight.clip_latents():
-        yield {"codes": Span.fixed((1, flight.config.video_vae.raw_channels, latents, rows, cols))}
+    segment = flight.segment_latents()
+    for lengths in ((segment,) * 3, flight.open_length(1, segment)):
+        yield _ranged(lengths, codes=lambda n: (1, flight.config.video_vae.raw_channels, n, rows, cols))
 
 
 def _vae_pixels(flight: _Flight) -> Iterator[Profile]:
     vae, (height, width) = flight.config.video_vae, flight.config.image_hw
     rows, cols = flight.config.schedule.latent_hw
-    for latents in flight.clip_latents():
+    for latents in sorted({clip.frames for clip in flight.schedule.clips[1:]} | {flight.segment_latents()}):
         frames, grid = latents * flight.stride, (height // vae.pixel_patch, width // vae.pixel_patch)
         yield {
             "features": Span.fixed((1, vae.feature_channels, frames, *grid)),

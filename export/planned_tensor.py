@@ -53,9 +53,16 @@ class CastReport:
 
     key: str
     dtype: str
-    overflowed: int = 0  # finite values that became infinite
     flushed: int = 0  # values other than zero that became zero
     largest: float = 0.0  # absolute value
+
+
+class CastOverflowError(ValueError):
+    """A tensor with values that a narrower dtype cannot hold. `key` names it."""
+
+    def __init__(self, key: str, dtype: str, overflowed: int, largest: float):
+        super().__init__(f"{key} does not fit {dtype}: {overflowed} values would become infinite (up to {largest:.6g})")
+        self.key, self.overflowed, self.largest = key, overflowed, largest
 
 
 @dataclass
@@ -65,19 +72,21 @@ class CastReports:
     losses: dict[str, CastReport] = field(default_factory=dict)
 
     def cast(self, key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """Cast, and note what was lost."""
+        """Cast, and note what became zero.
+
+        Raises:
+            CastOverflowError: a finite value would become infinite.
+        """
         cast = tensor.to(dtype)
         if dtype == torch.float16 and tensor.dtype != torch.float16:
             overflowed = int((torch.isinf(cast) & torch.isfinite(tensor)).sum())
             flushed = int(((cast == 0) & (tensor != 0)).sum())
-            if overflowed or flushed:
-                largest = float(tensor.abs().max())
-                self.losses[key] = CastReport(key, "float16", overflowed, flushed, largest)
+            largest = float(tensor.abs().max()) if overflowed or flushed else 0.0
+            if overflowed:
+                raise CastOverflowError(key, "float16", overflowed, largest)
+            if flushed:
+                self.losses[key] = CastReport(key, "float16", flushed, largest)
         return cast
-
-    @property
-    def overflows(self) -> list[CastReport]:
-        return [report for report in self.losses.values() if report.overflowed]
 
 
 def checkpoint_tensor(

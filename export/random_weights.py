@@ -31,7 +31,7 @@ class Fill(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlannedTensor:
+class RandomTensor:
     """A tensor to be written."""
 
     key: str
@@ -45,25 +45,25 @@ class PlannedTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def plan_tensor(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> PlannedTensor:
+def plan_tensor(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> RandomTensor:
     """Fill by name, so that activations stay finite: scales 1, `sos_token` 0, weights with deviation 1/sqrt(inputs)."""
     last = key.rpartition(".")[2]
     if dtype == torch.int64:
-        return PlannedTensor(key=key, shape=shape, dtype=dtype, fill=Fill.POWERS)
+        return RandomTensor(key=key, shape=shape, dtype=dtype, fill=Fill.POWERS)
     if last == "sos_token":
-        return PlannedTensor(key=key, shape=shape, dtype=dtype, fill=Fill.ZEROS)
+        return RandomTensor(key=key, shape=shape, dtype=dtype, fill=Fill.ZEROS)
     if last in ("gamma", "scale_learnable_parameters") or (last == "weight" and len(shape) == 1):
-        return PlannedTensor(key=key, shape=shape, dtype=dtype, fill=Fill.ONES)
+        return RandomTensor(key=key, shape=shape, dtype=dtype, fill=Fill.ONES)
     if last == "bias":
         std = 0.02
     elif last == "weight":
         std = math.prod(shape[1:]) ** -0.5
     else:  # tokens and position tables
         std = shape[-1] ** -0.5
-    return PlannedTensor(key=key, shape=shape, dtype=dtype, fill=Fill.RANDOM, std=std)
+    return RandomTensor(key=key, shape=shape, dtype=dtype, fill=Fill.RANDOM, std=std)
 
 
-def pieces(seed: int, name: str, tensor: PlannedTensor) -> Iterator[np.ndarray]:
+def pieces(seed: int, name: str, tensor: RandomTensor) -> Iterator[np.ndarray]:
     """The tensor's bytes in order, as uint8 arrays of at most 32 MiB; always the same for one seed and name.
 
     Args:
@@ -92,13 +92,13 @@ def pieces(seed: int, name: str, tensor: PlannedTensor) -> Iterator[np.ndarray]:
         left_bytes -= size
 
 
-def draw(seed: int, name: str, tensor: PlannedTensor) -> Tensor:
+def draw(seed: int, name: str, tensor: RandomTensor) -> Tensor:
     """The whole tensor in memory."""
     flat = np.concatenate(list(pieces(seed, name, tensor)))
     return torch.from_numpy(flat).view(tensor.dtype).reshape(tensor.shape)
 
 
-def _constant(tensor: PlannedTensor) -> Tensor:
+def _constant(tensor: RandomTensor) -> Tensor:
     if tensor.fill is Fill.ONES:
         return torch.ones(tensor.shape, dtype=tensor.dtype)
     if tensor.fill is Fill.ZEROS:

@@ -1,4 +1,4 @@
-"""Every stage of a bundle against PyTorch in float32, flight by flight; only sums are kept.
+"""Every stage of a bundle against PyTorch with the bundle's weights, flight by flight; only sums are kept.
 
 | row               | both sides get                    | compared                                            |
 |-------------------|-----------------------------------|-----------------------------------------------------|
@@ -27,16 +27,21 @@ import torch
 
 from worldvln_edge.action_windows import context_frame, segment_actions
 from worldvln_edge.bundle import Bundle
-from worldvln_edge.export.parity_bounds import Differences, ParityRow, StageBounds, bounded_row
+from worldvln_edge.export.forced_flight import clip_bits, forced_clips, observed_clips, probabilities, records_of
+from worldvln_edge.export.parity_bounds import (
+    Differences,
+    ParityRow,
+    StageBounds,
+    action_difference,
+    action_values,
+    bounded_row,
+)
 from worldvln_edge.export.torch_flight import TorchSegment
 from worldvln_edge.images import rgb_head_input, transform
-from worldvln_edge.models.generation import StepRecord
 from worldvln_edge.models.worldvln import Checkpoint
 from worldvln_edge.runtime import graphs
 from worldvln_edge.runtime.engine import Engine, OnnxEngine
-from worldvln_edge.runtime.multiscale import ObservedClip, encode_clip
 from worldvln_edge.runtime.video_stream import FeatureDecoder, FrameEncoder
-from worldvln_edge.runtime.world_model import WorldModelDriver
 from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy
 
 STAGES = (
@@ -136,41 +141,21 @@ class StageParity:
             latents += encoder.push([transform(frame, self.config.image_hw)])
         self.differences["vae_encoder"].add(np.stack(latents, 1), segment.latents_DTHW.numpy())
 
-    def _observed(self, segment: TorchSegment) -> list[ObservedClip]:
-        latents, clips = segment.latents_DTHW.numpy(), []
-        for clip in self.policy.tables.schedule.clips:
-            if clip.frame_slice.stop <= latents.shape[1]:
-                clips.append(encode_clip(latents[:, clip.frame_slice], clip, self.config.world_model))
-        return clips
-
-    def _clip_bits(self, bits: list[torch.Tensor], clip_index: int) -> list[np.ndarray]:
-        steps = self.policy.tables.schedule.clips[clip_index].steps
-        return [bits[step.real_scale_id][0].numpy() for step in steps]
-
     def _quantiser(self, segment: TorchSegment) -> None:
-        for index, observed in enumerate(self._observed(segment)):
-            for found, expected in zip(observed.bits, self._clip_bits(segment.observed_bits, index), strict=True):
+        for index, observed in enumerate(observed_clips(self.policy, segment)):
+            for found, expected in zip(
+                observed.bits, clip_bits(self.policy, segment.observed_bits, index), strict=True
+            ):
                 self.equal_bits, self.bits = self.equal_bits + int((found == expected).sum()), self.bits + expected.size
             frames = self.policy.tables.schedule.clips[index].frame_slice
             self.differences["quantiser"].add(observed.codes, segment.generated.summed_BcTHW[0, :, frames].numpy())
 
     def _world_model(self, instruction: str, segments: list[TorchSegment]) -> None:
-        driver = WorldModelDriver(self.policy.engines, self.policy.tables, self.policy.new_cache())
-        driver.set_text(self.policy.encode_text(instruction, ""))
-        seen = 0
-        for segment in segments:
-            observed = self._observed(segment)
-            for index in range(seen, len(observed)):
-                driver.observe(index, observed[index])
-            seen = len(observed)
-            last = segment.generated.records[-1].step.clip
-            for index in range(seen, last + 1):
-                forced = self._clip_bits(segment.generated.bits, index)
-                clip = driver.generate(index, 0, forced_bits=forced, more_follow=index < last)
-                frames = self.policy.tables.schedule.clips[index].frame_slice
-                self.codes.add(clip.codes, segment.generated.summed_BcTHW[0, :, frames].numpy())
-                for record, found in zip(records_of(segment, index), clip.probabilities, strict=True):
-                    self.differences["world_model"].add(found, probabilities(record).reshape(found.shape))
+        for segment, index, clip in forced_clips(self.policy, instruction, segments):
+            frames = self.policy.tables.schedule.clips[index].frame_slice
+            self.codes.add(clip.codes, segment.generated.summed_BcTHW[0, :, frames].numpy())
+            for record, found in zip(records_of(segment, index), clip.probabilities, strict=True):
+                self.differences["world_model"].add(found, probabilities(record).reshape(found.shape))
 
     def _decoder(self, segment: TorchSegment) -> None:
         self.differences["vae_decoder"].add(self._decode(segment), segment.features_1CFhw.numpy())
@@ -178,7 +163,9 @@ class StageParity:
     def _decode(self, segment: TorchSegment) -> np.ndarray:
         codes, decoder = segment.generated.summed_BcTHW[0].numpy(), FeatureDecoder(self.policy.engines)
         clips = [clip.frame_slice for clip in self.policy.tables.schedule.clips if clip.first_frame < codes.shape[1]]
-        return np.concatenate([decoder.commit(np.ascontiguousarray(codes[:, frames])) for frames in clips], 2)
+        return np.concatenate(
+            [decoder.commit(np.ascontiguousarray(codes[:, frames]), fetch=True) for frames in clips], 2
+        )
 
     def _pixels(self, segment: TorchSegment) -> None:
         decoder = FeatureDecoder(self.side_engines)
@@ -226,31 +213,3 @@ class StageParity:
                 window=head.latent_head.window,
             )
             self.actions.append(action_difference(found, segment.actions))
-
-
-def records_of(segment: TorchSegment, clip_index: int) -> list[StepRecord]:
-    """Records of the steps of one clip."""
-    return [record for record in segment.generated.records if record.step.clip == clip_index]
-
-
-def probabilities(record: StepRecord) -> np.ndarray:
-    """Probability of every bit of a step: float64 [L, d]."""
-    guided = record.guided_BLd2[0].double()
-    return torch.sigmoid(guided[..., 1] - guided[..., 0]).numpy()
-
-
-def action_difference(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Absolute differences [N, 6]; a NaN counts as an infinite one."""
-    return np.nan_to_num(np.abs(found.astype(np.float64) - expected), nan=np.inf)
-
-
-def action_values(differences: list[np.ndarray]) -> dict[str, float]:
-    """Largest, median and 95th percentile over actions of the worst axis: cm of translation, deg of rotation."""
-    values = {}
-    joined = np.concatenate(differences)
-    for unit, axes in (("cm", slice(0, 3)), ("deg", slice(3, 6))):
-        worst = joined[:, axes].max(1)
-        values[f"action_{unit}"] = float(worst.max())
-        values[f"action_{unit}_median"] = float(np.median(worst))
-        values[f"action_{unit}_p95"] = float(np.quantile(worst, 0.95, method="higher"))
-    return values

@@ -50,6 +50,11 @@ class StoredWeight:
     """`FLOAT16`, `FLOAT16|transposed`, `int8.fp16.codes`, ..."""
 
     @property
+    def dtype(self) -> torch.dtype:
+        """As stored; 4-bit codes are read as int8."""
+        return _TORCH_DTYPES.get(self.onnx_dtype, torch.int8)
+
+    @property
     def label(self) -> str:
         """`int4.awq64.fp16` of codes, scales and folded tensors; else empty."""
         return self.how.rpartition(".")[0]

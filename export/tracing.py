@@ -84,6 +84,7 @@ def trace_graph(
     traced = TracedGraph(source.name, model, weights)
     if source.stack is not None:
         _expand(traced, source.stack, keys, weight_of, opset, mode)
+    _name_sizes(graph, source)
     for what, values, expected in (("inputs", graph.inputs, source.inputs), ("outputs", graph.outputs, source.outputs)):
         if (found := [value.name for value in values]) != list(expected):
             raise ExportError(f"graph {source.name}: the exporter made the {what} {found}; expected {list(expected)}")
@@ -111,6 +112,26 @@ def _renamed(shape: ir.Shape | None, sizes: Mapping[str, str]) -> ir.Shape | Non
     return ir.Shape(
         [re.sub(r"[A-Za-z_]\w*", renamed, str(d.value)) if isinstance(d, ir.SymbolicDim) else d for d in shape]
     )
+
+
+def _name_sizes(graph: ir.Graph, source: GraphSource) -> None:
+    """Call open sizes what `source` calls them: the exporter makes up names, one for every input it sees no link of."""
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        for axis, dim in source.dynamic.get(str(value.name), {}).items():
+            size = value.shape[axis] if value.shape is not None else None
+            if isinstance(size, ir.SymbolicDim) and re.fullmatch(r"\w+", str(size.value)):
+                names[str(size.value)] = str(dim.__name__)
+    for value in (*graph.inputs, *graph.outputs, *(output for node in graph for output in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [
+                    re.sub(r"[A-Za-z_]\w*", lambda match: names.get(match[0], match[0]), str(size.value))
+                    if isinstance(size, ir.SymbolicDim) and size.value is not None
+                    else size
+                    for size in value.shape
+                ]
+            )
 
 
 Uses = dict[str, tuple[str, bool]]

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from worldvln_edge.export.checkpoint_options import CheckpointChoice, checkpoint_options
+
 if TYPE_CHECKING:
     from worldvln_edge.export.closed_loop import ClosedLoop
     from worldvln_edge.export.parity_bounds import ParityRow
@@ -22,45 +24,47 @@ _FILE = click.Path(dir_okay=False, exists=True, path_type=Path)
 
 @click.command("verify")
 @click.argument("bundle", type=_FOLDER)
-@click.option("--checkpoint", type=_FOLDER, required=True, help="The checkpoint that the bundle was made from.")
+@checkpoint_options
 @click.option("--shards", type=_EXISTING, help="Folder of `worldvln-edge sim flights` to fly on.")
 @click.option("--frames", type=_FILE, help=".npy of uint8 [F, H, W, 3] to fly on.  [default: frames of the package]")
 @click.option("--flights", type=click.IntRange(min=1), default=8, show_default=True, help="Whole flights to compare.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the first flight.")
 @click.option("--run/--no-run", default=True, help="--no-run compares files and weights only, in little memory.")
+@click.option(
+    "--calibration", type=_FILE, help="The file that an int8 or fp8 bundle was made with: scales must be its."
+)
 @click.option("--closed-loop", type=click.IntRange(min=1), metavar="N", help="Also fly N held-out tasks, beside fp32.")
 @click.option("--reference", type=_EXISTING, help="fp32 bundle for --closed-loop.  [default: exported for this]")
 @click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="For --closed-loop.")
-@click.option("--trust-pickle", is_flag=True, help="Allow torch files to run code while they are read.")
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
 def verify_command(
     bundle: Path,
-    checkpoint: Path,
+    checkpoint: CheckpointChoice,
     shards: Path | None,
     frames: Path | None,
     flights: int,
     seed: int,
     run: bool,
+    calibration: Path | None,
     closed_loop: int | None,
     reference: Path | None,
     workers: int,
-    trust_pickle: bool,
     as_json: bool,
 ) -> None:
     """Compare a bundle with its checkpoint, stage by stage, and write the result into the manifest.
 
-    Exit status 1 when a stage is out of bounds. Precisions that nothing here runs are checked up to their weights and
-    reported as "built, not run".
+    Exit status 1 when a stage is out of bounds. Precisions that nothing here runs are checked up to their weights
+    and scales and reported as "built, not run".
 
     Example: worldvln-edge verify bundle --checkpoint checkpoints/nano
     """
+    from worldvln_edge.export.calibration import Calibration
     from worldvln_edge.export.parity_flights import flights_of
     from worldvln_edge.export.verify import record_parity, verify_bundle
-    from worldvln_edge.models.checkpoint_source import open_any
 
     if shards is not None and frames is not None:
         raise click.UsageError("give either --shards or --frames")
-    source = open_any(checkpoint, trust_pickle=trust_pickle)
+    source = checkpoint.open()
     flown, origin = flights_of(shards, frames, count=flights, seed=seed)
     report = verify_bundle(
         bundle,
@@ -70,6 +74,7 @@ def verify_command(
         count=flights,
         seed=seed,
         run=run,
+        calibration=None if calibration is None else Calibration.load(calibration),
         progress=lambda what: click.echo(f"verify: {what}", err=True),
     )
     record_parity(bundle, report)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from worldvln_edge.export.planned_tensor import CastReport, CastReports, PlannedTensor, TensorReader
+from worldvln_edge.export.progress import Note, Progress
 from worldvln_edge.export.tracing import ExportError
 
 WEIGHTS_FILE = "weights.bin"
@@ -24,9 +25,6 @@ _SMALL_BYTES = 64 << 10
 _SMALL_ALIGNMENT = 64
 _SYNC_BYTES = 256 << 20
 _SPARE_BYTES = 64 << 20  # graphs, tokenizer, manifest
-
-Progress = Callable[[str, int, int], None]
-"""(what is being done, bytes done, bytes in all)"""
 
 
 class WeightFile:
@@ -46,7 +44,14 @@ class WeightFile:
         self.size_bytes = end
 
     def write(
-        self, folder: Path, read: TensorReader, reports: CastReports, *, run: str, progress: Progress | None = None
+        self,
+        folder: Path,
+        read: TensorReader,
+        reports: CastReports,
+        *,
+        run: Mapping[str, str],
+        progress: Progress | None = None,
+        note: Note | None = None,
     ) -> None:
         """Write what is not there yet.
 
@@ -54,14 +59,17 @@ class WeightFile:
             folder: holds the file and its journal.
             read: checkpoint tensors.
             reports: losses of casts; those of tensors written earlier are put back.
-            run: names what the file is made from. What another run left in the folder is deleted.
-            progress: called before every tensor.
+            run: what the file is made from, by its name in a sentence. What a run left in the folder that differs in
+                any of it is deleted.
+            progress: called before every tensor, in bytes.
+            note: told why the work starts over.
 
         Raises:
             ExportError: not enough disk.
+            CastOverflowError: a tensor does not fit its dtype; it is the first one.
             CheckpointError: a tensor that cannot be read or holds NaN.
         """
-        done = self._take_up(folder, run, reports)
+        done = self._take_up(folder, dict(run), reports, note)
         start = self._end(done)
         free = shutil.disk_usage(folder).free
         if free < self.size_bytes - start + _SPARE_BYTES:
@@ -108,19 +116,23 @@ class WeightFile:
                     pending = 0
             _sync(stream, lines, unsynced)
 
-    def _take_up(self, folder: Path, run: str, reports: CastReports) -> int:
+    def _take_up(self, folder: Path, run: dict[str, str], reports: CastReports, note: Note | None) -> int:
         """Number of tensors that an earlier run of the same work has completed."""
         journal = folder / JOURNAL_FILE
         rows = _rows(journal)
         path = folder / WEIGHTS_FILE
         done = 0
-        if rows and rows[0].get("run") == run and path.exists():
+        earlier = rows[0].get("run") if rows else None
+        if earlier == run and path.exists():
             for tensor, row in zip(self._tensors, rows[1:], strict=False):
                 if row.get("tensor") != tensor.identity or self._end(done + 1) > path.stat().st_size:
                     break
                 done += 1
                 if row.get("loss"):
                     reports.losses[str(tensor.key)] = CastReport(**row["loss"])
+        elif isinstance(earlier, dict) and note is not None:
+            changed = ", ".join(name for name in run if earlier.get(name) != run[name])
+            note(f"an unfinished export in {folder} was made from another {changed}: it starts over")
         if done == 0:
             for entry in folder.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -156,14 +156,14 @@ class LatentEmbedGraph(nn.Module):
 class StepGraph(nn.Module):
     """One generation step: codes so far in, codes with this step's bits out (`runtime/graphs.py` lists the inputs)."""
 
-    def __init__(self, model: WorldModel, *, guidance_rows: int, norm_threshold: float, eta: float):
+    def __init__(self, model: WorldModel, *, is_guided: bool, norm_threshold: float, eta: float):
         super().__init__()
         self.word_embed = model.word_embed
         self.dtype = model.block_dtype
         self.norm = model.norm_hidden_sates
         self.semantic_head = model.semantic_head2
         self.detail_head = model.head
-        self.rows = guidance_rows
+        self.is_guided = is_guided
         self.norm_threshold = norm_threshold
         self.eta = eta
 
@@ -189,13 +189,18 @@ class StepGraph(nn.Module):
     ):
         small = torch.matmul(torch.matmul(area_h, codes), area_w.transpose(0, 1))  # [1, D, T, h, w]
         tokens = small.permute(0, 2, 3, 4, 1).flatten(1, 3)
-        x = self.word_embed(tokens).expand(self.rows, -1, -1)
+        x = self.word_embed(tokens).expand(write_index.shape[0], -1, -1)
         flat_rope = rope.flatten(1, 3)
         hidden, *present = _blocks(x.to(self.dtype), flat_rope, write_index, kv_length, caches, only_kv=False)
         z = self.norm(hidden.float())
         heads = [head(z).unflatten(-1, (-1, 2)) for head in (self.semantic_head, self.detail_head)]
         logits = torch.cat(heads, 2) * (bit_mask[:, None] * inverse_tau)  # [B, n, bits, 2]
-        guided = logits[0] if self.rows == 1 else self._guide(logits[0], logits[1], bit_mask, guidance)
+        guided = logits[0]
+        if self.is_guided:
+            # The last row is the unconditional one; in a call without it, it is the instruction's own, and the
+            # difference between the two is zero.
+            last = logits.narrow(0, logits.shape[0] - 1, 1)[0]
+            guided = self._guide(guided, last, bit_mask, guidance)
         probabilities = torch.sigmoid(guided[..., 1] - guided[..., 0]).reshape(uniforms.shape)
         drawn = (uniforms < probabilities).to(codes.dtype)
         bits = force * forced_bits + (1 - force) * drawn

@@ -42,14 +42,33 @@ def parse_address(text: str) -> tuple[str, int]:
 )
 @click.option("--allow-remote", is_flag=True, help="Listen beyond this machine without a key.")
 @click.option("--threads", type=click.IntRange(min=0), default=0, show_default=True, help="CPU threads; 0: all cores.")
+@click.option(
+    "--profile",
+    default="exact",
+    show_default=True,
+    help="Generation profile: exact, balanced, fast or one of --profiles.",
+)
+@click.option(
+    "--profiles",
+    "profile_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="JSON file with profiles of your own (docs/runtime.md).",
+)
 def serve_command(
-    bundle: Path, address: tuple[str, int], key_file: Path | None, allow_remote: bool, threads: int
+    bundle: Path,
+    address: tuple[str, int],
+    key_file: Path | None,
+    allow_remote: bool,
+    threads: int,
+    profile: str,
+    profile_file: Path | None,
 ) -> None:
     """Serve BUNDLE to drones, simulators and ROS bridges until SIGTERM.
 
     Example: worldvln-edge serve bundle/ --ws 0.0.0.0:8001 --key-file keys.txt
     """
     # Imported here so that `worldvln-edge serve --help` needs neither the server nor the engines.
+    from worldvln_edge.generation_profile import read_profiles
     from worldvln_edge.runtime.access import read_key_file
     from worldvln_edge.runtime.server import check_address, serve
     from worldvln_edge.runtime.worldvln_policy import load_policy
@@ -58,7 +77,8 @@ def serve_command(
     host, port = address
     keys = read_key_file(key_file) if key_file is not None else ()
     check_address(host, keys=keys, allow_remote=allow_remote)  # before the engines load, which takes a while
-    policy = load_policy(bundle, threads=threads)
+    profiles = read_profiles(profile_file) if profile_file is not None else None
+    policy = load_policy(bundle, threads=threads, profiles=profiles, profile=profile)
     serve(
         policy,
         host,

@@ -5,9 +5,9 @@ Source: ONNX Runtime's I/O binding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -17,18 +17,32 @@ class EngineError(RuntimeError):
     """A graph that cannot be loaded. The message says which file, why, and what to do."""
 
 
+Tensor = Any
+"""An array on the host, or an output that was not fetched, which only engines of the same backend can read."""
+
+
+def to_host(value: Tensor) -> np.ndarray:
+    """An array, whatever an engine returned: what was not fetched is fetched now."""
+    return np.asarray(value if isinstance(value, np.ndarray | np.generic) else value.numpy())
+
+
 class Engine(Protocol):
     def run(
-        self, inputs: Mapping[str, np.ndarray], in_place: Mapping[str, np.ndarray] | None = None
-    ) -> dict[str, np.ndarray]:
+        self,
+        inputs: Mapping[str, Tensor],
+        in_place: Mapping[str, Any] | None = None,
+        *,
+        fetch: Collection[str] | None = None,
+    ) -> dict[str, Any]:
         """Run once.
 
         Args:
-            inputs: input name -> array of the graph's dtype.
+            inputs: input name -> array of the graph's dtype, or what another call kept.
             in_place: stem -> buffer that the graph reads as `past_<stem>` and writes as `present_<stem>`.
+            fetch: outputs that are wanted on the host; None: all. The others stay where they were computed.
 
         Returns:
-            Output name -> array, without the in-place ones.
+            Output name -> array, or an opaque value for what was not fetched; without the in-place ones.
         """
         ...
 
@@ -36,12 +50,21 @@ class Engine(Protocol):
 class OnnxEngine:
     """ONNX Runtime on the CPU."""
 
-    def __init__(self, path: Path, *, threads: int = 0):
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int = 0,
+        optimise: bool = True,
+        settings: Mapping[str, str] | None = None,
+    ):
         """Load a graph.
 
         Args:
             path: ONNX file; its weights lie beside it.
             threads: CPU threads of one run; 0 lets ONNX Runtime choose.
+            optimise: let ONNX Runtime fuse operators; without, every one rounds for itself (slower; for parity).
+            settings: entries of ONNX Runtime's session configuration.
 
         Raises:
             EngineError: the file does not load.
@@ -49,8 +72,12 @@ class OnnxEngine:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        if not optimise:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         # Without VNNI, ONNX Runtime's int8 kernels saturate sums of pairs unless told not to.
         options.add_session_config_entry("session.x64quantprecision", "1")
+        for name, value in (settings or {}).items():
+            options.add_session_config_entry(name, value)
         try:
             self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's error classes share no other base
@@ -66,13 +93,23 @@ class OnnxEngine:
         return f"onnxruntime {ort.__version__} {' '.join(self._session.get_providers())}"
 
     def run(
-        self, inputs: Mapping[str, np.ndarray], in_place: Mapping[str, np.ndarray] | None = None
-    ) -> dict[str, np.ndarray]:
+        self,
+        inputs: Mapping[str, Tensor],
+        in_place: Mapping[str, np.ndarray] | None = None,
+        *,
+        fetch: Collection[str] | None = None,
+    ) -> dict[str, Any]:
+        """See `Engine.run`; what is not fetched is an `onnxruntime.OrtValue`."""
         binding = self._session.io_binding()
         # The binding reads these arrays in place: they must be contiguous, keep their rank, and outlive the run.
-        bound = {name: np.asarray(array, order="C") for name, array in inputs.items()}
-        for name, array in bound.items():
-            binding.bind_cpu_input(name, array)
+        alive = []
+        for name, value in inputs.items():
+            if isinstance(value, ort.OrtValue):
+                binding.bind_ortvalue_input(name, value)
+            else:
+                array = np.asarray(value, order="C")
+                alive.append(array)
+                binding.bind_cpu_input(name, array)
         for name in self._results:
             binding.bind_output(name)
         for stem, buffer in (in_place or {}).items():
@@ -81,5 +118,5 @@ class OnnxEngine:
             binding.bind_ortvalue_input(f"past_{stem}", value)
             binding.bind_ortvalue_output(f"present_{stem}", value)
         self._session.run_with_iobinding(binding)
-        outputs = binding.get_outputs()[: len(self._results)]
-        return {name: value.numpy() for name, value in zip(self._results, outputs, strict=True)}
+        outputs = zip(self._results, binding.get_outputs()[: len(self._results)], strict=True)
+        return {name: value.numpy() if fetch is None or name in fetch else value for name, value in outputs}

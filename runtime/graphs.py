@@ -20,6 +20,9 @@ Caches are `past_key_i`, `past_value_i` -> `present_key_i`, `present_value_i`, [
 layer, written in place.
 """
 
+GUIDANCE_ROWS = "guidance_rows"
+"""Name of the size B where it is open: a scale without guidance runs with the instruction's row alone."""
+
 TEXT_ENCODER = "text_encoder"
 LATENT_EMBED = "latent_embed"
 WORLD_MODEL_CONTEXT = "world_model_context"

@@ -1,7 +1,9 @@
-"""KV cache of one session: which keys and values the next step sees, and where its own go.
+"""KV cache: the buffers that the graphs bind, and what each session stored to be put there.
 
 The graphs write at an index and attend to the first `length` entries; everything else is bookkeeping on the host.
-RoPE is applied before caching, so entries may be stored, dropped and put back anywhere.
+RoPE is applied before caching, so entries may be stored, dropped and put back anywhere. The buffers are as long as the
+longest step needs and belong to the policy, because sessions run one at a time; a session holds only what later clips
+refer to.
 
 Legend: layers, 2 = keys and values, B guidance rows, kv heads, capacity entries, hd head size.
 Source: spec/world_model.md 3.3, 6.1, 9.2.
@@ -9,7 +11,10 @@ Source: spec/world_model.md 3.3, 6.1, 9.2.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,56 +26,144 @@ class KVCapacityError(RuntimeError):
     """More entries than the exported cache holds."""
 
 
-class KVCache:
-    """Fixed buffers that the engine binds in place, and the stored entries of earlier scales."""
+class KVMemory(Protocol):
+    """Where keys and values live: host memory, or a device's."""
+
+    capacity: int
+    rows: int
+
+    def buffers(self, rows: int) -> list[Any]:
+        """What an engine binds for a call of `rows` guidance rows, in the order of `graphs.cache_stems`.
+
+        [rows, kv_heads, capacity, hd] each: the first rows of one and the same memory.
+        """
+        ...
+
+    def read(self, start: int, entries: int, rows: int) -> Any:
+        """A copy of entries start..start+entries of the first rows of every buffer; has `nbytes`."""
+        ...
+
+    def write(self, start: int, entries: int, rows: int, data: Any) -> None:
+        """Put back what `read` returned for as many entries and rows, at any start."""
+        ...
+
+
+class HostKVMemory:
+    """Keys and values in numpy arrays."""
 
     def __init__(self, *, layers: int, rows: int, kv_heads: int, capacity: int, head_dim: int, dtype: np.dtype):
-        self.buffers = np.zeros((layers, 2, rows, kv_heads, capacity, head_dim), dtype)
-        self.capacity = capacity
-        self._stored: dict[Key, np.ndarray] = {}
-        self._shown: list[Key] = []
+        self.array = np.zeros((layers, 2, rows, kv_heads, capacity, head_dim), dtype)
+        self.capacity, self.rows = capacity, rows
+        each = self.array.reshape(-1, *self.array.shape[2:])
+        self._buffers = {count: [buffer[:count] for buffer in each] for count in range(1, rows + 1)}
+
+    def buffers(self, rows: int) -> list[np.ndarray]:
+        return self._buffers[rows]
+
+    def read(self, start: int, entries: int, rows: int) -> np.ndarray:
+        return self.array[:, :, :rows, :, start : start + entries].copy()
+
+    def write(self, start: int, entries: int, rows: int, data: np.ndarray) -> None:
+        self.array[:, :, :rows, :, start : start + entries] = data
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class KVEntries:
+    """Keys and values of the text, or of one scale of an observed clip. Never changed; sessions may share them."""
+
+    tokens: int
+    rows: int
+    """Guidance rows that were computed; without guidance the first alone."""
+    data: Any
+
+    @property
+    def size_bytes(self) -> int:
+        return int(self.data.nbytes)
+
+
+class KVWorkspace:
+    """The buffers of a policy, and what stands in front in them."""
+
+    def __init__(self, memory: KVMemory):
+        self.memory = memory
+        # Weak, because a session that is gone must not be kept alive by what it left in the buffers.
+        self._standing: list[weakref.ref[KVEntries]] = []
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(int(buffer.nbytes) for buffer in self.memory.buffers(self.memory.rows))
+
+    def show(self, entries: Sequence[KVEntries]) -> int:
+        """Make `entries`, in this order, the visible prefix; what stands there already is not copied.
+
+        Returns:
+            Length of the prefix.
+
+        Raises:
+            KVCapacityError: they do not fit.
+        """
+        self.check_room(sum(entry.tokens for entry in entries))
+        same = 0
+        while same < min(len(entries), len(self._standing)) and self._standing[same]() is entries[same]:
+            same += 1
+        length = sum(entry.tokens for entry in entries[:same])
+        del self._standing[same:]
+        for entry in entries[same:]:
+            self.memory.write(length, entry.tokens, entry.rows, entry.data)
+            self._standing.append(weakref.ref(entry))
+            length += entry.tokens
+        return length
+
+    def take(self, start: int, tokens: int, rows: int) -> KVEntries:
+        """Store what a step wrote behind the visible prefix."""
+        entry = KVEntries(tokens=tokens, rows=rows, data=self.memory.read(start, tokens, rows))
+        self._standing.append(weakref.ref(entry))
+        return entry
+
+    def check_room(self, entries: int) -> None:
+        """Raise KVCapacityError if the buffers cannot hold that many entries."""
+        if entries > self.memory.capacity:
+            raise KVCapacityError(
+                f"the bundle's KV cache holds {self.memory.capacity} entries, {entries} are needed; export it again"
+            )
+
+
+class KVCache:
+    """What one session stored. `show` comes before every step; `keep` right behind it, if at all."""
+
+    def __init__(self, workspace: KVWorkspace):
+        self.workspace = workspace
+        self._stored: dict[Key, KVEntries] = {}
         self.length = 0
+        """Entries that the next step sees."""
+
+    def holds(self, key: Key, rows: int = 1) -> bool:
+        """Are these entries stored, for that many guidance rows?"""
+        return key in self._stored and self._stored[key].rows >= rows
 
     def clear(self) -> None:
         """Forget everything: another prompt, another flight."""
         self._stored.clear()
-        self._shown.clear()
         self.length = 0
 
     def show(self, keys: Sequence[Key]) -> None:
-        """Make `keys`, in this order, the visible prefix of the cache. What already stands there is not copied."""
-        same = 0
-        while same < min(len(keys), len(self._shown)) and keys[same] == self._shown[same]:
-            same += 1
-        length = sum(self._stored[key].shape[-2] for key in keys[:same])
-        for key in keys[same:]:
-            entry = self._stored[key]
-            end = length + entry.shape[-2]
-            self.check_room(end)
-            self.buffers[..., length:end, :] = entry
-            length = end
-        self._shown = list(keys)
-        self.length = length
+        """Make `keys`, in this order, what the next step sees."""
+        self.length = self.workspace.show([self._stored[key] for key in keys])
 
-    def check_room(self, entries: int) -> None:
-        """Raise KVCapacityError if the cache cannot hold that many entries."""
-        if entries > self.capacity:
-            raise KVCapacityError(
-                f"the bundle's KV cache holds {self.capacity} entries, {entries} are needed; export it again"
-            )
-
-    def keep(self, key: Key, tokens: int) -> None:
+    def keep(self, key: Key, tokens: int, rows: int) -> KVEntries:
         """Store the entries that the last step wrote behind the visible prefix, and make them visible."""
-        self._stored[key] = self.buffers[..., self.length : self.length + tokens, :].copy()
-        self._shown.append(key)
+        entry = self._stored[key] = self.workspace.take(self.length, tokens, rows)
         self.length += tokens
+        return entry
+
+    def put(self, key: Key, entries: KVEntries) -> None:
+        """Store entries that were computed before, perhaps by another session."""
+        self._stored[key] = entries
 
     def drop_except(self, keys: Sequence[Key]) -> None:
         """Free stored entries that nobody needs any more."""
         wanted = set(keys)
         self._stored = {key: entry for key, entry in self._stored.items() if key in wanted}
-        self._shown = self._shown[: next((i for i, k in enumerate(self._shown) if k not in wanted), len(self._shown))]
-        self.length = sum(self._stored[key].shape[-2] for key in self._shown)
 
     @property
     def stored_keys(self) -> tuple[Key, ...]:
@@ -78,4 +171,5 @@ class KVCache:
 
     @property
     def size_bytes(self) -> int:
-        return self.buffers.nbytes + sum(entry.nbytes for entry in self._stored.values())
+        """Of the stored entries; the workspace is the policy's."""
+        return sum(entry.size_bytes for entry in self._stored.values())

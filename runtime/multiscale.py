@@ -6,6 +6,7 @@ Source: spec/world_model.md 6.2, spec/video_vae.md 6, 7.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,20 +31,15 @@ class ObservedClip:
     codes: np.ndarray  # float32 [D, T, H, W], sum of the codes
 
 
-def encode_clip(latents_DTHW: np.ndarray, clip: Clip, config: WorldModelConfig) -> ObservedClip:
-    """Quantise the latents of one clip, coarse to fine.
+def quantise(latents_DTHW: np.ndarray, clip: Clip, config: WorldModelConfig) -> ObservedClip:
+    """Quantise latents coarse to fine. Frames do not see each other here, so any part of a clip may come alone.
 
     Args:
-        latents_DTHW: float32 raw features of the clip's frames.
+        latents_DTHW: float32 raw features of some of the clip's frames.
         clip: its steps.
         config: gives the bits of semantic and detail scales.
-
-    Raises:
-        ValueError: the number of latent frames is not the clip's.
     """
-    channels, frames, rows, cols = latents_DTHW.shape
-    if frames != clip.frames:
-        raise ValueError(f"clip {clip.index} has {clip.frames} latent frames, found {frames}")
+    channels, _, rows, cols = latents_DTHW.shape
     identity = np.eye(channels, dtype=np.float32)
     total = np.zeros_like(latents_DTHW, dtype=np.float32)
     all_bits, inputs = [], []
@@ -59,3 +55,25 @@ def encode_clip(latents_DTHW: np.ndarray, clip: Clip, config: WorldModelConfig) 
         total = total + resize_channels(code, *up)
         all_bits.append(bits.transpose(1, 2, 3, 0))
     return ObservedClip(bits=tuple(all_bits), inputs=tuple(inputs), codes=total)
+
+
+def join_parts(parts: Sequence[ObservedClip]) -> ObservedClip:
+    """Parts of one clip, in the order of their frames, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return ObservedClip(
+        bits=tuple(np.concatenate(bits) for bits in zip(*(part.bits for part in parts), strict=True)),
+        inputs=tuple(np.concatenate(inputs) for inputs in zip(*(part.inputs for part in parts), strict=True)),
+        codes=np.concatenate([part.codes for part in parts], axis=1),
+    )
+
+
+def encode_clip(latents_DTHW: np.ndarray, clip: Clip, config: WorldModelConfig) -> ObservedClip:
+    """Quantise the latents of one whole clip; see `quantise`.
+
+    Raises:
+        ValueError: the number of latent frames is not the clip's.
+    """
+    if latents_DTHW.shape[1] != clip.frames:
+        raise ValueError(f"clip {clip.index} has {clip.frames} latent frames, found {latents_DTHW.shape[1]}")
+    return quantise(latents_DTHW, clip, config)

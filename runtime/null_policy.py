@@ -56,7 +56,9 @@ class NullSession:
         self.emitted = -1
         self._policy, self._seed, self._emit = policy, seed, emit
 
-    def observe(self, frames: Sequence[np.ndarray]) -> ActionChunk | None:
+    least_s: float | None = None
+
+    def observe(self, frames: Sequence[np.ndarray], *, budget_s: float | None = None) -> ActionChunk | None:
         """See PolicySession.observe; the actions are zeros."""
         for frame in frames:
             check_rgb(frame)
@@ -76,6 +78,9 @@ class NullSession:
             seed=self._seed,
             timings_ms={"generate": (time.perf_counter() - started) * 1e3},
         )
+
+    def work_ahead(self) -> None:
+        """Nothing is prepared."""
 
     def set_prompt(self, prompt: str) -> None:
         self.prompt = prompt

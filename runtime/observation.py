@@ -113,6 +113,8 @@ class ObservationRunner:
             ),
             head="latent" if chunk is None else chunk.head,
             seed=session.seed if chunk is None else chunk.seed,
+            profile=UNSET if chunk is None else chunk.profile,
+            why=UNSET if chunk is None or not chunk.profile_reason else chunk.profile_reason,
             t_ns=UNSET if chunk is None else self._rests_on_ns(session, chunk),
             late=True if chunk is not None and deadline_s is not None and now_s > deadline_s else UNSET,
         )
@@ -155,14 +157,17 @@ class ObservationRunner:
         """Give the waiting frames to the policy. Returns (the emitted chunk or None, seconds on the device)."""
         will_emit = session.need == 0
         start_by = deadline_s
+        least_s = session.policy_session.least_s
+        needs_s = self.estimate.seconds if least_s is None else least_s
         if deadline_s is not None and will_emit:
-            start_by = deadline_s - self.estimate.seconds
+            start_by = deadline_s - needs_s
         took_s = 0.0
+        due_s = None if deadline_s is None else time.perf_counter() + deadline_s - _now()
 
         def step() -> ActionChunk | None:
             nonlocal took_s
             started = time.perf_counter()
-            chunk = _advance(session)
+            chunk = _advance(session, None if due_s is None else due_s - started)
             took_s = time.perf_counter() - started
             return chunk
 
@@ -177,7 +182,7 @@ class ObservationRunner:
         except StartedTooLateError:
             if not will_emit:  # nothing was due: the frames simply wait for the next request
                 return None, 0.0
-            retry_ms = max(1, math.ceil(self.estimate.seconds * 1e3))
+            retry_ms = max(1, math.ceil(needs_s * 1e3))
             self.estimate.soften()
             raise ProtocolError("deadline", f"needs about {retry_ms} ms", retry_ms=retry_ms) from None
         finally:
@@ -203,12 +208,12 @@ class ObservationRunner:
         return session.capture_ns.get(self._horizon.points[chunk.segment], UNSET)
 
 
-def _advance(session: LiveSession) -> ActionChunk | None:
+def _advance(session: LiveSession, budget_s: float | None) -> ActionChunk | None:
     """On a device thread: the new prompt, then the waiting frames."""
     if session.next_prompt is not None:
         session.policy_session.set_prompt(session.next_prompt)
         session.next_prompt = None
-    return session.policy_session.observe(tuple(session.waiting_frames))
+    return session.policy_session.observe(tuple(session.waiting_frames), budget_s=budget_s)
 
 
 def _stored_chunk(session: LiveSession, segment: int) -> ActionChunk:

@@ -31,6 +31,8 @@ class ActionChunk:
     observed_frames: int  # frames that the session held when the chunk was made
     seed: int
     head: Literal["latent", "rgb"] = "latent"
+    profile: str = "exact"  # generation profile that was flown
+    profile_reason: str = ""  # why, where a deadline decided
     timings_ms: dict[str, float] = field(default_factory=dict)  # stage -> milliseconds
 
 
@@ -54,11 +56,12 @@ class PolicySession(Protocol):
     emitted: int
     """Last emitted segment, -1 at the start."""
 
-    def observe(self, frames: Sequence[np.ndarray]) -> ActionChunk | None:
+    def observe(self, frames: Sequence[np.ndarray], *, budget_s: float | None = None) -> ActionChunk | None:
         """Store new frames, oldest first, and emit the next segment if it is ready.
 
         Args:
             frames: uint8 RGB [H, W, 3] each, any size; may be empty; frames past num_frames are dropped.
+            budget_s: time until the actions are due; a policy that can do with less work chooses by it.
 
         Returns:
             The next segment's actions, or None when more frames are needed or all segments were emitted.
@@ -68,6 +71,18 @@ class PolicySession(Protocol):
             NonFiniteActionsError: the model gave NaN; the frames are kept and the segment stays unemitted.
             Exception: whatever an engine raises. The session stays usable: `frames` tells whether the new frames were
                 taken, the segment stays unemitted, and the next call goes on from there.
+        """
+        ...
+
+    @property
+    def least_s(self) -> float | None:
+        """Time that the next segment needs at least on this machine; None where that is not known."""
+        ...
+
+    def work_ahead(self) -> None:
+        """Do now what would otherwise have to be done when the next segment is due; call it while nobody waits.
+
+        It never changes actions, and may be left out. What it raises leaves the session usable, as in `observe`.
         """
         ...
 

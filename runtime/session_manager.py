@@ -20,7 +20,7 @@ from worldvln_edge.protocol import Actions, Bye, Limits, Observe, ProtocolError,
 from worldvln_edge.runtime.device_queue import DeviceQueue, Ticket
 from worldvln_edge.runtime.observation import PATIENCE_S, ObservationRunner, internal_error, on_device
 from worldvln_edge.runtime.policy import Policy, PolicySession
-from worldvln_edge.runtime.session_table import LiveSession, SessionTable
+from worldvln_edge.runtime.session_table import LiveSession, SessionKey, SessionTable
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ class SessionManager:
         self._table = SessionTable(self.limits, clock=clock, on_drop=self._free)
         self._clock = clock
         self._observations = ObservationRunner(policy, self.limits, self._device, self._decoders, self._table)
+        self._ahead: set[asyncio.Task[None]] = set()
         self._admitted = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -118,6 +119,7 @@ class SessionManager:
                     notify=notify,
                 )
                 self._table.add(session)
+            self._work_ahead_later(session)
             return session.state(request.id)
 
     async def observe(
@@ -142,11 +144,15 @@ class SessionManager:
         """
         arrived_s = self._now() if arrived_s is None else arrived_s
         key = (peer, request.session)
+        self._stop_working_ahead(key)
         async with self._admission(), self._table.turn(key):
             session = self._table.get(key)
             session.notify = notify or session.notify
             try:
-                return await self._observations.run(session, request, ticket or Ticket(), arrived_s)
+                answer = await self._observations.run(session, request, ticket or Ticket(), arrived_s)
+                if answer.seg >= 0:
+                    self._work_ahead_later(session)
+                return answer
             except ProtocolError as error:
                 error.frames = session.frames
                 raise
@@ -156,6 +162,7 @@ class SessionManager:
     async def end(self, peer: str, session: str, re: int) -> SessionState:
         """Free a session after its earlier requests were answered; ending an unknown one is not an error."""
         key = (peer, session)
+        self._stop_working_ahead(key)
         async with self._table.turn(key):
             ended = self._table.remove(key)
             if ended is None:
@@ -185,6 +192,8 @@ class SessionManager:
     def close(self) -> None:
         """Free every session and let the worker threads end."""
         self.is_ready = False
+        for task in self._ahead:
+            task.cancel()
         self._table.clear()
         self._device.close()
         self._decoders.shutdown(wait=False, cancel_futures=True)
@@ -215,6 +224,30 @@ class SessionManager:
             self._admitted -= 1
             if self._admitted == 0:
                 self._idle.set()
+
+    def _work_ahead_later(self, session: LiveSession) -> None:
+        """Once nobody else wants the device: what the session's next segment will need."""
+        if session.is_done:
+            return
+        session.ahead = ticket = Ticket()
+        task = asyncio.get_running_loop().create_task(self._work_ahead(session, ticket))
+        self._ahead.add(task)
+        task.add_done_callback(self._ahead.discard)
+
+    async def _work_ahead(self, session: LiveSession, ticket: Ticket) -> None:
+        async with self._table.turn(session.key):
+            if ticket.is_cancelled or self._table.find(session.key) is not session:
+                return
+            try:
+                await on_device(self._device, session.policy_session.work_ahead, ticket=ticket, priority=math.inf)
+            except ProtocolError as error:  # it was logged; the next request does the work, or meets the same fault
+                _log.debug("work ahead of session was left out: %s", error)
+
+    def _stop_working_ahead(self, key: SessionKey) -> None:
+        """A request must not wait behind work that only waits for an idle device."""
+        session = self._table.find(key)
+        if session is not None and session.ahead is not None:
+            session.ahead.cancel()
 
     def _free(self, session: LiveSession) -> None:
         session.waiting_frames.clear()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from worldvln_edge.protocol import Bye, Limits, ProtocolError, SessionPhase, SessionState
+from worldvln_edge.runtime.device_queue import Ticket
 from worldvln_edge.runtime.policy import ActionChunk, PolicySession
 
 SessionKey = tuple[str, str]
@@ -38,6 +39,8 @@ class LiveSession:
     """Stored frames that the policy has not taken yet: a deadline passed, or a resend was answered from `chunks`."""
     waiting_bytes: int = 0
     next_prompt: str | None = None
+    ahead: Ticket | None = None
+    """Of the last work ahead of time."""
     chunks: dict[int, ActionChunk] = field(default_factory=dict)
     capture_ns: dict[int, int] = field(default_factory=dict)
     """Frame index -> capture time of the client's clock."""

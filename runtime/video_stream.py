@@ -1,5 +1,7 @@
 """Streaming VAE: frames in as they come, latents out; codes in, features out. Nothing is computed twice.
 
+Convolution states and features stay where the engine computed them: at the released size they are gigabytes.
+
 Legend: D latent channels, T latent frames, F frames, H W latent rows and columns.
 Source: spec/video_vae.md 8.
 """
@@ -10,19 +12,20 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from worldvln_edge.runtime.engine import Engine
+from worldvln_edge.runtime.engine import Engine, Tensor
 from worldvln_edge.runtime.graphs import VAE_DECODER, VAE_ENCODER, VAE_PIXELS, first_or_next
 
-State = dict[str, np.ndarray] | None
-"""`state_i` -> array; None before the first frame."""
+State = dict[str, Tensor] | None
+"""`state_i` -> what the engine kept; None before the first frame."""
 
 
 def _run_part(
-    engines: Mapping[str, Engine], stem: str, inputs: dict[str, np.ndarray], state: State, result: str
-) -> tuple[np.ndarray, State]:
-    outputs = engines[first_or_next(stem, state is None)].run({**inputs, **(state or {})})
+    engines: Mapping[str, Engine], stem: str, inputs: dict[str, Tensor], state: State, result: str, *, fetch: bool
+) -> tuple[Tensor, State]:
+    engine = engines[first_or_next(stem, state is None)]
+    outputs = engine.run({**inputs, **(state or {})}, fetch=(result,) if fetch else ())
     value = outputs.pop(result)
-    return value, {name.removeprefix("next_"): array for name, array in outputs.items()}
+    return value, {name.removeprefix("next_"): kept for name, kept in outputs.items()}
 
 
 class FrameEncoder:
@@ -63,14 +66,15 @@ class FrameEncoder:
 
     def _encode(self, frames: list[np.ndarray], state: State) -> tuple[list[np.ndarray], State]:
         video = np.stack(frames, axis=1)[None]
-        latents, state = _run_part(self._engines, VAE_ENCODER, {"frames": video}, state, "latents")
+        latents, state = _run_part(self._engines, VAE_ENCODER, {"frames": video}, state, "latents", fetch=True)
         return list(latents[0].transpose(1, 0, 2, 3)), state
 
 
 class FeatureDecoder:
     """Sums of codes to the features of the last up block; predictions branch off without being committed.
 
-    A call that fails changes nothing.
+    Features, [1, Cf, F, h, w], stay with the decoder's engine, for other engines to read, unless they are fetched:
+    then they are an array. A call that fails changes nothing.
     """
 
     def __init__(self, engines: Mapping[str, Engine]):
@@ -79,37 +83,44 @@ class FeatureDecoder:
         self._pixel_state: State = None
         self.latents_decoded = 0
 
-    def decode(self, codes_DTHW: np.ndarray) -> tuple[np.ndarray, State]:
-        """Decode the codes that follow the committed ones: features float32 [1, Cf, F, h, w], and the state after them.
+    def decode(self, codes_DTHW: np.ndarray, *, fetch: bool = False) -> tuple[Tensor, State]:
+        """Decode the codes that follow the committed ones: features, and the state after them.
 
         Nothing is committed until that state is given to `go_on_from`.
+
+        Args:
+            codes_DTHW: float32.
+            fetch: bring the features to the host.
         """
-        features, state = _run_part(self._engines, VAE_DECODER, {"codes": codes_DTHW[None]}, self._state, "features")
+        features, after = _run_part(
+            self._engines, VAE_DECODER, {"codes": codes_DTHW[None]}, self._state, "features", fetch=fetch
+        )
         self.latents_decoded += codes_DTHW.shape[1]
-        return features, state
+        return features, after
 
     def go_on_from(self, state: State) -> None:
         """Commit what `decode` returned that state for."""
         self._state = state
 
-    def commit(self, codes_DTHW: np.ndarray) -> np.ndarray:
-        """Decode observed codes and go on from there: float32 [1, Cf, F, h, w]."""
-        features, self._state = self.decode(codes_DTHW)
+    def commit(self, codes_DTHW: np.ndarray, *, fetch: bool = False) -> Tensor:
+        """Decode observed codes and go on from there."""
+        features, self._state = self.decode(codes_DTHW, fetch=fetch)
         return features
 
-    def peek(self, codes_DTHW: np.ndarray) -> np.ndarray:
-        """Decode predicted codes from the committed state and forget them: float32 [1, Cf, F, h, w]."""
-        features, _ = self.decode(codes_DTHW)
+    def peek(self, codes_DTHW: np.ndarray, *, fetch: bool = False) -> Tensor:
+        """Decode predicted codes from the committed state and forget them."""
+        features, _ = self.decode(codes_DTHW, fetch=fetch)
         return features
 
-    def commit_pixels(self, features: np.ndarray, codes_DTHW: np.ndarray) -> np.ndarray:
+    def commit_pixels(self, features: Tensor, codes_DTHW: np.ndarray) -> np.ndarray:
         """Pixels of committed features, in order: float32 [1, 3, F, h, w]."""
-        inputs = {"features": features, "codes": codes_DTHW[None]}
-        pixels, self._pixel_state = _run_part(self._engines, VAE_PIXELS, inputs, self._pixel_state, "pixels")
+        pixels, self._pixel_state = self._pixels(features, codes_DTHW)
         return pixels
 
-    def peek_pixels(self, features: np.ndarray, codes_DTHW: np.ndarray) -> np.ndarray:
+    def peek_pixels(self, features: Tensor, codes_DTHW: np.ndarray) -> np.ndarray:
         """Pixels of predicted features: float32 [1, 3, F, h, w]. Needs the committed pixels of the frames before."""
+        return self._pixels(features, codes_DTHW)[0]
+
+    def _pixels(self, features: Tensor, codes_DTHW: np.ndarray) -> tuple[np.ndarray, State]:
         inputs = {"features": features, "codes": codes_DTHW[None]}
-        pixels, _ = _run_part(self._engines, VAE_PIXELS, inputs, self._pixel_state, "pixels")
-        return pixels
+        return _run_part(self._engines, VAE_PIXELS, inputs, self._pixel_state, "pixels", fetch=True)

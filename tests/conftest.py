@@ -1,10 +1,33 @@
-"""Fixtures shared by all rooms."""
+"""Fixtures shared by all rooms, and how the tests are spread over processes."""
 
+import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+_WORKER = "PYTEST_XDIST_WORKER"  # set by pytest-xdist in its processes
+
+
+def pytest_configure() -> None:
+    if _WORKER in os.environ:
+        # One thread a process, or the processes would wait for each other. Also for the programs that tests start.
+        os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if _WORKER in os.environ:
+        from process_groups import long_ones_first
+
+        long_ones_first(items)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, without which tests run one after the other
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    from process_groups import GroupScheduling
+
+    return GroupScheduling(config, log) if config.getvalue("dist") == "load" else None
 
 
 @pytest.fixture(scope="session")
@@ -30,13 +53,32 @@ def golden() -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Call `make(folder)` in the first process that asks for the folder `name`; the others wait for it and share it."""
+    root = tmp_path_factory.getbasetemp()
+    if _WORKER in os.environ:
+        root = root.parent  # each process has its own folder below that of the run
+
+    def folder(name: str, make: Callable[[Path], None]) -> Path:
+        path = root / "shared" / name
+        path.parent.mkdir(exist_ok=True)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            done = path.with_suffix(".done")  # what a failed `make` left behind is not taken for a result
+            if not done.exists():
+                make(path)
+                done.touch()
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
     """Checkpoint folder of a random model of `small_models.tiny_config()`."""
     from small_models import save_random_checkpoint, tiny_config  # needs torch, which not every room does
 
-    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    save_random_checkpoint(folder, tiny_config())
-    return folder
+    return made_once("tiny-checkpoint", lambda folder: save_random_checkpoint(folder, tiny_config()))
 
 
 @pytest.fixture(scope="session")
@@ -48,11 +90,9 @@ def tracer():
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path, tracer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(tiny_checkpoint: Path, tracer, made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
     """Bundle folder exported from `tiny_checkpoint`. Read-only: copy it before changing a file."""
     from worldvln_edge.export.exporter import export_bundle
     from worldvln_edge.models.checkpoint_source import open_any
 
-    folder = tmp_path_factory.mktemp("bundles") / "tiny"
-    export_bundle(open_any(tiny_checkpoint), folder, tracer=tracer)
-    return folder
+    return made_once("tiny-bundle", lambda folder: export_bundle(open_any(tiny_checkpoint), folder, tracer=tracer))

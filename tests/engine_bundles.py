@@ -12,7 +12,7 @@ from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from worldvln_edge.bundle import SCHEMA, TOKENIZER_FILE, Bundle, Manifest, file_entry, write_manifest
 from worldvln_edge.presets import nano
-from worldvln_edge.runtime.graphs import ACTION_ADAPTER, LATENT_EMBED
+from worldvln_edge.runtime.graphs import ACTION_ADAPTER, GUIDANCE_ROWS, LATENT_EMBED
 
 WEIGHTS = "weights.bin"
 BLOCK = "cached_block"
@@ -61,7 +61,8 @@ class GraphWriter:
             return [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in typed.items()]
 
         graph = helper.make_graph(self.nodes, "graph", values(inputs), values(outputs), self.weights)
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+        # onnx writes its newest IR version, which ONNX Runtime may not read yet.
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=11)
 
 
 def matmul_model(precision: str, rows: tuple[int | str, ...], width: int, out: int, names: tuple[str, str]):
@@ -71,16 +72,23 @@ def matmul_model(precision: str, rows: tuple[int | str, ...], width: int, out: i
 
 
 def block_model(
-    precision: str, *, width: int, heads: int, kv_heads: int, intermediate: int, capacity: int, batch: int = 2
+    precision: str,
+    *,
+    width: int,
+    heads: int,
+    kv_heads: int,
+    intermediate: int,
+    capacity: int,
+    batch: int | str = GUIDANCE_ROWS,
 ) -> onnx.ModelProto:
     """One transformer block over a KV cache, as the exporter writes it: RMSNorm, q k v, norms of heads, TensorScatter,
-    Attention with its valid length, gated feed-forward. Tokens vary.
+    Attention with its valid length, gated feed-forward. Tokens and guidance rows vary.
     """
     writer, size = GraphWriter(precision), width // heads
     node, weight = writer.node, writer.weight
 
     def split(x: str, count: int) -> str:
-        return node("Transpose", node("Reshape", x, writer.shape(batch, -1, count, size)), perm=[0, 2, 1, 3])
+        return node("Transpose", node("Reshape", x, writer.shape(0, -1, count, size)), perm=[0, 2, 1, 3])
 
     h = node("RMSNormalization", "embeds", weight(width), axis=-1, epsilon=1e-6)
     key = split(node("MatMul", h, weight(width, kv_heads * size)), kv_heads)
@@ -91,7 +99,7 @@ def block_model(
     key = node("TensorScatter", "past_key_0", key, "write_index", axis=2, mode="linear")
     value = node("TensorScatter", "past_value_0", value, "write_index", axis=2, mode="linear")
     seen = node("Attention", query, key, value, "", "", "", "kv_length", scale=size**-0.5)
-    merged = node("Reshape", node("Transpose", seen, perm=[0, 2, 1, 3]), writer.shape(batch, -1, width))
+    merged = node("Reshape", node("Transpose", seen, perm=[0, 2, 1, 3]), writer.shape(0, -1, width))
     x = node("Add", "embeds", node("MatMul", merged, weight(width, width)))
     h = node("RMSNormalization", x, weight(width), axis=-1, epsilon=1e-6)
     gate = node("MatMul", h, weight(width, intermediate))
@@ -173,7 +181,7 @@ def embed_bundle(folder: Path, precision: str = "fp16") -> Path:
     return write_bundle(
         folder,
         {
-            LATENT_EMBED: matmul_model(precision, (2, "tokens"), 64, 192, ("latents", "embeds")),
+            LATENT_EMBED: matmul_model(precision, (GUIDANCE_ROWS, "tokens"), 64, 192, ("latents", "embeds")),
             ACTION_ADAPTER: matmul_model(precision, (16, 16), 64, 96, ("features", "tokens")),
         },
         precision,

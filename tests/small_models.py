@@ -5,6 +5,7 @@ The architecture is the released one; sizes are chosen so that a whole bundle ex
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from worldvln_edge.config import (
     WorldModelConfig,
 )
 from worldvln_edge.models.worldvln import HeadStats, WorldVLN, save_checkpoint
+from worldvln_edge.presets import preset
 from worldvln_edge.training.tokenizer import build_word_tokenizer
 
 WORDS = ("fly", "forward", "back", "turn", "left", "right", "climb", "to", "the", "red", "tower", "5", "m", ".")
@@ -94,6 +96,29 @@ def tiny_config(
         ),
         generation=generation or GenerationConfig(cfg=3.0, tau_image=1.0, tau_video=0.5),
         horizon=HorizonConfig(num_frames=1 + 3 * step, step=step, fps=4),
+    )
+
+
+def released_schedule_config() -> ModelConfig:
+    """The released scales, repetitions, clips and horizon, and nothing else of the released size: 160x160 pixels."""
+    released = preset("worldvln-8b")
+    tiny = tiny_config()
+    return msgspec.structs.replace(
+        tiny,
+        name="released-schedule",
+        image_hw=(160, 160),
+        schedule=released.schedule,
+        world_model=msgspec.structs.replace(
+            tiny.world_model, width=8, depth=2, heads=1, kv_heads=1, intermediate=8, latent_channels=16
+        ),
+        video_vae=VideoVAEConfig(
+            block_out_channels=(8, 8, 8, 8),
+            spatial_factors=(2, 1),
+            temporal_factors=(2, 2),
+            layers_per_block=1,
+            latent_channels=4,
+        ),
+        horizon=released.horizon,
     )
 
 

@@ -8,21 +8,17 @@ bundle that was exported by other means has no `source.json` and is made again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
-from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from worldvln_edge.atomic import atomic_file
 from worldvln_edge.bundle import Bundle, BundleError, file_entry
+from worldvln_edge.exporter_identity import code_sha256, package_versions
 
 SOURCE_FILE = "source.json"
-_CODE = ("worldvln_edge", "worldvln_edge.models", "worldvln_edge.export", "worldvln_edge.runtime")
-_PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "transformers", "numpy")
 
 
 class ExportFailedError(RuntimeError):
@@ -53,8 +49,8 @@ def bundle_source(checkpoint: Path) -> dict[str, Any]:
     files = sorted(path for path in checkpoint.iterdir() if path.is_file())
     return {
         "checkpoint": {path.name: file_entry(path).sha256 for path in files},
-        "code": _code_sha256(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "code": code_sha256(),
+        "packages": package_versions(),
     }
 
 
@@ -80,22 +76,3 @@ def _is_current(bundle: Path, source: dict[str, Any]) -> bool:
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, BundleError):  # no record, or no whole bundle
         return False
     return True
-
-
-def _code_sha256() -> str:
-    """Of all Python files of the rooms that take part in an export; sub-packages are named one by one."""
-    digest = hashlib.sha256()
-    for package in _CODE:
-        spec = find_spec(package)
-        assert spec is not None  # this module lives beside them
-        for folder in spec.submodule_search_locations or ():
-            for path in sorted(Path(folder).glob("*.py")):
-                digest.update(f"{package}/{path.name} {file_entry(path).sha256}\n".encode())
-    return digest.hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -15,8 +15,9 @@ import msgspec
 
 from worldvln_edge.action_windows import LabelStats
 from worldvln_edge.config import ModelConfig
+from worldvln_edge.parity_record import EngineParity
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 ENGINES_FOLDER = "engines"
@@ -94,8 +95,8 @@ class EngineEntry(msgspec.Struct, frozen=True, kw_only=True):
     """The builder's messages, a file below the bundle folder."""
     sources: dict[str, str]
     """Bundle file -> sha256: the graph and the weights that went into the engine."""
-    parity: dict[str, float] = {}
-    """Measure -> value against PyTorch, for whoever measures it on the device; empty after a build."""
+    parity: EngineParity | None = None
+    """None: built, not run."""
 
 
 class ParityResult(msgspec.Struct, frozen=True, kw_only=True):

@@ -42,6 +42,9 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     ),
     "serve": Subcommand("worldvln_edge.runtime.cli:serve_command", "cpu,serve", "Serve a bundle to drones."),
     "bench": Subcommand("worldvln_edge.runtime.bench_cli:bench_command", "cpu", "Time a bundle, stage by stage."),
+    "tune": Subcommand(
+        "worldvln_edge.runtime.tune_cli:tune_command", "cpu", "Time a bundle's profiles, so that deadlines can choose."
+    ),
     "fly": Subcommand("worldvln_edge.training.cli:fly_command", "sim", "Fly tasks in the simulator against a server."),
     "eval": Subcommand("worldvln_edge.training.cli:eval_command", "sim", "Fly a set of tasks and report the metrics."),
     "train": Subcommand("worldvln_edge.training.cli:train_command", "train", "Train the models, stage by stage."),

@@ -72,6 +72,10 @@ class ActionAnswer:
     is_late: bool
     hold: str | None
     """Why the safety envelope replaced the actions by zero motion; None if it did not."""
+    profile: str | None = None
+    """Generation profile that was flown; None where no segment was emitted."""
+    why: str | None = None
+    """Why that profile, where the deadline chose it."""
 
 
 class SessionClient:
@@ -243,6 +247,8 @@ class SessionClient:
             t_ns=None if answer.t_ns is UNSET else answer.t_ns,
             is_late=answer.late is True,
             hold=None if answer.hold is UNSET else answer.hold,
+            profile=None if answer.profile is UNSET else answer.profile,
+            why=None if answer.why is UNSET else answer.why,
         )
 
     def end(self) -> SessionState:

@@ -1,4 +1,4 @@
-"""Named model configurations: the released model and two small ones of the same architecture.
+"""Named model configurations: the released model, two small ones of the same architecture, and one for benchmarks.
 
 Source: spec/world_model.md 2.1, 3.4, 7; spec/video_vae.md 1; spec/action_decoder.md 1, 2; spec/training.md 8.2.
 `nano` and `mini` keep the released spatial stride (16), latent channels (64) and bits (16 and 64), so a clip of `nano`
@@ -126,7 +126,37 @@ def nano() -> ModelConfig:
     )
 
 
-_PRESETS = {"worldvln-8b": worldvln_8b, "mini": mini, "nano": nano}
+def narrow() -> ModelConfig:
+    """The released schedule at narrow width, for benchmarks; untrained: 640x640, 14 scales, the released horizon."""
+    released = worldvln_8b()
+    timesformer = TimesFormerConfig(image_hw=(192, 640), patch=16, width=24, depth=2, heads=2)
+    return ModelConfig(
+        name="narrow",
+        image_hw=released.image_hw,
+        schedule=released.schedule,
+        world_model=WorldModelConfig(
+            width=64,
+            depth=2,
+            heads=2,
+            kv_heads=1,
+            intermediate=192,
+            block_chunks=1,
+            text_channels=128,
+            text_max_tokens=32,
+        ),
+        text_encoder=TextEncoderConfig(width=128, layers=2, heads=4, head_dim=32, feed_forward=256, vocabulary=256),
+        video_vae=VideoVAEConfig(block_out_channels=(4, 8, 8, 8, 8), layers_per_block=1),
+        action_decoder=ActionDecoderConfig(
+            adapter=AdapterConfig(resize_hw=(192, 640), hidden=8, groups=4, patch=16),
+            latent_head=timesformer,
+            rgb_head=timesformer,
+        ),
+        generation=released.generation,
+        horizon=released.horizon,
+    )
+
+
+_PRESETS = {"worldvln-8b": worldvln_8b, "mini": mini, "nano": nano, "narrow": narrow}
 PRESET_NAMES = tuple(_PRESETS)
 
 

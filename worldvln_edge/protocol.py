@@ -246,6 +246,9 @@ class Actions(_Answer, tag="actions"):
     head: Literal["latent", "rgb"]
     seed: int
     profile: str | UnsetType = UNSET
+    """Generation profile that was flown."""
+    why: str | UnsetType = UNSET
+    """Why that profile, where a deadline chose it."""
     t_ns: int | UnsetType = UNSET
     """Capture time of the newest frame that the answer rests on, when the client gave one."""
     late: bool | UnsetType = UNSET

@@ -1,6 +1,7 @@
 """What a calibration measures, keeps, and refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ from PIL import Image
 from small_models import random_frames, save_random_checkpoint, tiny_config
 
 from worldvln_edge.cli import main
-from worldvln_edge.export.calibrate import _Recorder, check_frames, collect
+from worldvln_edge.export.activation_recorder import ActivationRecorder
+from worldvln_edge.export.calibrate import check_frames, collect
 from worldvln_edge.export.calibration import ActivationStatistics, Calibration, CalibrationError, input_key
 from worldvln_edge.export.calibration_flights import read_route_flights, read_shard_flights
-from worldvln_edge.models.checkpoint_source import load_source, open_any
+from worldvln_edge.models.checkpoint_source import CheckpointChangedError, open_any
 
 CONFIG = tiny_config()
 KEY = "world_model.blocks.0.attn.q_proj.weight"
@@ -44,7 +46,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_recorder_equals_numpy_over_all_rows():
     x = np.random.default_rng(0).standard_normal((40, 500, 6)).astype(np.float32) * np.array([1, 2, 3, 4, 5, 0.0])
-    recorder = _Recorder(6)
+    recorder = ActivationRecorder(6)
     for part in x:
         recorder(torch.nn.Identity(), (torch.from_numpy(part.astype(np.float32))[None],))
     found = recorder.statistics(KEY)
@@ -57,23 +59,21 @@ def test_recorder_equals_numpy_over_all_rows():
     assert found.robust < found.largest
 
 
-def test_flights_measure_every_shared_input_once_and_leave_no_hooks(checkpoint: Path):
+def test_flights_measure_every_shared_input_once(checkpoint: Path):
     source = open_any(checkpoint)
-    loaded = load_source(source)
-    done: list[int] = []
+    done: list[tuple[int, int]] = []
     calibration = collect(
-        loaded, flights(2), checkpoint_sha256=source.fingerprint(), source="test flights", progress=done.append
+        source, flights(2), frames_from="test flights", progress=lambda what, at, total: done.append((at, total))
     )
-    assert len(calibration.inputs) == 4 * CONFIG.world_model.depth
-    assert done == [1, 2]
+    depth = CONFIG.world_model.depth
+    assert len(calibration.inputs) == 4 * depth
+    assert done[-1] == (4 * depth - 1, 4 * depth)  # two flights with two rows each
     assert calibration.description.flights == 2
-    assert calibration.description.frames == 2 * CONFIG.horizon.points[-2]
-    assert not any(module._forward_pre_hooks for module in loaded.model.modules())
+    assert calibration.description.frames == 2 * CONFIG.horizon.num_frames
     for key in source.infos:
         if key.startswith("world_model.block") and key.endswith("_proj.weight"):
             assert input_key(key) in calibration.inputs
-    again = collect(loaded, flights(2), checkpoint_sha256=source.fingerprint(), source="test flights")
-    assert again.sha256 == calibration.sha256
+    assert collect(source, flights(2), frames_from="test flights").sha256 == calibration.sha256
 
 
 def test_saved_calibration_comes_back_whole(tmp_path: Path):
@@ -105,10 +105,26 @@ def test_numbers_that_are_not_finite_or_zero_are_refused(value: float):
 
 
 def test_nothing_measured_is_refused(checkpoint: Path):
+    with pytest.raises(CalibrationError, match="no activation was measured on nowhere"):
+        collect(open_any(checkpoint), [], frames_from="nowhere")
     with pytest.raises(CalibrationError, match="no activation reached"):
-        collect(load_source(open_any(checkpoint)), [], checkpoint_sha256="ab", source="nowhere")
+        ActivationRecorder(4).statistics(KEY)
     with pytest.raises(CalibrationError, match="at least one flight"):
         Calibration.build({}, config=CONFIG, checkpoint_sha256="ab", source="nowhere", flights=0, frames=0)
+
+
+def test_a_checkpoint_that_changes_meanwhile_is_refused(checkpoint: Path, tmp_path: Path):
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    source = open_any(folder)
+    (folder / "label_stats.json").write_bytes((folder / "label_stats.json").read_bytes() + b" ")
+    with pytest.raises(CheckpointChangedError, match=r"label_stats\.json was changed"):
+        collect(source, flights(1), frames_from="test flights")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_device_that_is_not_here_is_refused(checkpoint: Path):
+    with pytest.raises(CalibrationError, match="device cuda is not here"):
+        collect(open_any(checkpoint), flights(1), frames_from="test flights", device="cuda")
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 64, (2).to_bytes(8, "little") + b"{}"])

@@ -40,7 +40,7 @@ def _shapes(config, call: str, *sizes: int) -> dict[str, tuple[int, ...]]:
     if call == graphs.LATENT_EMBED:
         return {"latents": (2, sizes[0], model.latent_channels)}
     if call == graphs.WORLD_MODEL_CONTEXT:
-        return {"embeds": (2, sizes[0], model.width), "rope": (2, sizes[0], model.head_dim // 2)}
+        return {"embeds": (2, sizes[0], model.width), "rope": (2, sizes[0], model.head_dim // 2), "write_index": (2,)}
     if call == graphs.WORLD_MODEL_STEP:
         t, h, w = sizes
         bits = model.semantic_bits + model.detail_bits
@@ -52,6 +52,7 @@ def _shapes(config, call: str, *sizes: int) -> dict[str, tuple[int, ...]]:
             "up_h": (rows, h),
             "up_w": (cols, w),
             "rope": (2, t, h, w, model.head_dim // 2),
+            "write_index": (2,),
         }
     features = (1, vae.feature_channels, sizes[0], height // vae.pixel_patch, width // vae.pixel_patch)
     codes = (1, vae.raw_channels, sizes[0], rows, cols)

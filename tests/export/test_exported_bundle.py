@@ -1,13 +1,15 @@
 """What an export leaves in the folder, and what it refuses."""
 
+import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from small_models import random_model, save_random_checkpoint, tiny_config
+from small_models import STATS, random_model, save_random_checkpoint, tiny_config, tokenizer_json
 
 from worldvln_edge.bundle import Bundle
 from worldvln_edge.export import exporter, weight_file
@@ -18,7 +20,8 @@ from worldvln_edge.export.planned_tensor import CastReports, checkpoint_tensor
 from worldvln_edge.export.precision import Precision
 from worldvln_edge.export.tracing import ExportError, trace_graph
 from worldvln_edge.models.checkpoint_file import CheckpointError
-from worldvln_edge.models.checkpoint_source import open_any
+from worldvln_edge.models.checkpoint_source import CheckpointChangedError, open_any
+from worldvln_edge.models.worldvln import save_checkpoint
 from worldvln_edge.runtime import graphs
 from worldvln_edge.runtime.engine import OnnxEngine
 from worldvln_edge.scale_schedule import ScaleSchedule
@@ -119,6 +122,78 @@ def test_an_export_that_is_stopped_leaves_the_old_bundle_and_is_taken_up(
     assert not set(read) & set(rest)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle"]
+
+
+def test_an_export_is_not_taken_up_by_another_exporter(
+    tmp_path: Path, tiny_checkpoint: Path, tracer: GraphTracer, monkeypatch: pytest.MonkeyPatch
+):
+    class Stopped(Exception):
+        pass
+
+    def stop(what: str, done: int, total: int) -> None:
+        if total and done > total // 2 and what != "checkpoint hash":
+            raise Stopped
+
+    monkeypatch.setattr(weight_file, "_SYNC_BYTES", 1)
+    with pytest.raises(Stopped):
+        export_bundle(open_any(tiny_checkpoint), tmp_path / "bundle", tracer=tracer, progress=stop)
+    unfinished = tmp_path / ".bundle.unfinished"
+    assert (unfinished / weight_file.WEIGHTS_FILE).stat().st_size > 0
+    monkeypatch.setattr(exporter, "exporter_identity", lambda: "other code")
+    notes, written = [], []
+    export_bundle(
+        open_any(tiny_checkpoint),
+        tmp_path / "bundle",
+        tracer=tracer,
+        progress=lambda what, done, total: written.append(done) if total and what != "checkpoint hash" else None,
+        note=notes.append,
+    )
+    (note,) = notes
+    assert note.startswith(f"an unfinished export in {unfinished} was made from another exporter")
+    assert note.endswith(": it starts over")
+    assert written[0] == 0
+    Bundle.open(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("precision", "advice"),
+    [
+        (Precision(name="fp16"), "choose --precision bf16 or --precision fp32"),
+        (Precision(name="int4", int4_method="rtn"), "--compute bf16 or --compute fp32"),
+    ],
+    ids=["fp16", "int4"],
+)
+def test_a_weight_beyond_float16_is_named_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision, advice: str
+):
+    """bfloat16 goes up to 3e38, float16 to 65504. One graph is enough, and spares the tracing of the others."""
+    key = "text_encoder.t5.encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
+    model = random_model(tiny_config())
+    model.get_parameter(key)[3, 4] = -131072.0
+    save_checkpoint(tmp_path / "checkpoint", model, STATS, tokenizer_json(tiny_config()), dtype=torch.bfloat16)
+    one_graph = partial(exporter.export_graphs, names=(graphs.TEXT_ENCODER,))
+    monkeypatch.setattr(exporter, "export_graphs", one_graph)
+    with pytest.raises(ExportError, match=rf"{re.escape(key)} does not fit float16: 1 values .*131072.*{advice}"):
+        export_bundle(open_any(tmp_path / "checkpoint"), tmp_path / "bundle", precision=precision)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_checkpoint_that_changes_during_the_export_is_refused(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_bundle: Path, tracer: GraphTracer
+):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    tensors = folder / "model.safetensors"
+    content = tensors.read_bytes()
+
+    def change(what: str, done: int, total: int) -> None:
+        if total and done > total // 2 and what != "checkpoint hash":
+            tensors.write_bytes(content)  # the same size, and all of it is readable
+
+    with pytest.raises(CheckpointChangedError, match=r"model\.safetensors was changed .* start again"):
+        export_bundle(open_any(folder), tmp_path / "bundle", tracer=tracer, progress=change)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "checkpoint"]
+    assert Bundle.open(tmp_path / "bundle").manifest == Bundle.open(tiny_bundle).manifest
 
 
 def _source(name: str, module: torch.nn.Module, example: torch.Tensor) -> GraphSource:

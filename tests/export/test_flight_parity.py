@@ -184,7 +184,7 @@ def test_every_segment_equals_the_full_horizon_in_pytorch(pair: Pair, negative: 
     horizon, seed = pair.config.horizon, 5
     frames = random_frames(pair.config, horizon.num_frames, seed=1)
     text = pair.text(PROMPT, negative)
-    session = pair.policy.new_session(PROMPT, seed=seed, negative_prompt=negative)
+    session = pair.policy.new_session(PROMPT, seed=seed, negative_prompt=negative, record=True)
     worst = 0.0
     for segment in range(horizon.segments):
         observed = horizon.points[segment]
@@ -210,7 +210,7 @@ def test_every_segment_equals_the_full_horizon_in_pytorch(pair: Pair, negative: 
 
 def test_probabilities_equal_pytorch_with_the_same_bits(pair: Pair):
     frames = random_frames(pair.config, 1, seed=3)
-    session = pair.policy.new_session(PROMPT, seed=2)
+    session = pair.policy.new_session(PROMPT, seed=2, record=True)
     session.observe(frames)
     seen, drawn = _torch_bits(session.observed_clips), _torch_bits(session.last_prediction)
     records = generate(
@@ -242,7 +242,7 @@ def test_nano_flies_as_in_pytorch(tmp_path: Path, tiny_checkpoint: Path):
     export_bundle(open_any(tmp_path / "checkpoint"), tmp_path / "bundle")
     pair = Pair(load_checkpoint(tmp_path / "checkpoint"), config, load_policy(tmp_path / "bundle"))
     frames = random_frames(config, config.horizon.num_frames, seed=1)
-    session = pair.policy.new_session(PROMPT, seed=5)
+    session = pair.policy.new_session(PROMPT, seed=5, record=True)
     for segment in range(config.horizon.segments):
         chunk = session.observe(frames[session.frames : config.horizon.points[segment]])
         forced = _torch_bits(session.observed_clips) + _torch_bits(session.last_prediction)

@@ -18,7 +18,7 @@ from worldvln_edge.export.devices import DEVICES, DeviceError, find_device
 from worldvln_edge.export.inspect_bundle import count_macs, read_structure
 from worldvln_edge.export.inspect_report import InspectReport, inspect_bundle
 from worldvln_edge.runtime import graphs
-from worldvln_edge.runtime.kv_cache import KVCache
+from worldvln_edge.runtime.kv_cache import HostKVMemory
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_shared_weights_are_counted_once(report: InspectReport, tiny_bundle: Pat
 
 def test_kv_bytes_are_those_of_the_runtime_cache(report: InspectReport, tiny_bundle: Path):
     manifest, world = Bundle.open(tiny_bundle).manifest, tiny_config().world_model
-    cache = KVCache(
+    memory = HostKVMemory(
         layers=world.depth,
         rows=manifest.guidance_rows,
         kv_heads=world.kv_heads,
@@ -59,8 +59,8 @@ def test_kv_bytes_are_those_of_the_runtime_cache(report: InspectReport, tiny_bun
         head_dim=world.head_dim,
         dtype=np.dtype(np.float32),
     )
-    assert report.memory.kv_buffers == cache.buffers.nbytes
-    assert report.memory.kv_stored % (cache.buffers.nbytes // manifest.kv_capacity) == 0
+    assert report.memory.kv_buffers == memory.array.nbytes
+    assert report.memory.kv_stored % (memory.array.nbytes // manifest.kv_capacity) == 0
 
 
 def test_state_bytes_are_those_of_the_graph_inputs(report: InspectReport, tiny_bundle: Path):

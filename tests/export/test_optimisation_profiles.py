@@ -58,7 +58,7 @@ def test_every_generated_step_has_a_profile_of_exactly_its_shapes(name: str) -> 
 def test_context_covers_every_text_length_and_every_scale_that_is_referred_to(name: str) -> None:
     config = preset(name)
     width, rope = config.world_model.width, config.world_model.head_dim // 2
-    graph = entry(embeds=(2, "n", width), rope=(2, "n", rope))
+    graph = entry(embeds=(graphs.GUIDANCE_ROWS, "n", width), rope=(2, "n", rope))
     profiles = graph_profiles(graphs.WORLD_MODEL_CONTEXT, graph, config, rows=2)
     schedule = ScaleSchedule(config.schedule, 1 + (config.horizon.num_frames - 1) // 4)
     referred = {
@@ -66,8 +66,9 @@ def test_context_covers_every_text_length_and_every_scale_that_is_referred_to(na
         for clip in schedule.clips
         for scale in schedule.scales_referred_to(clip.index)
     }
-    fixed = {p["embeds"].best[1] for p in profiles if p["embeds"].lowest == p["embeds"].highest}
-    (text,) = [p for p in profiles if p["embeds"].lowest != p["embeds"].highest]
+    fixed = {p["embeds"].best[1] for p in profiles if p["embeds"].lowest[1] == p["embeds"].highest[1]}
+    (text,) = [p for p in profiles if p["embeds"].lowest[1] != p["embeds"].highest[1]]
+    assert all((p["embeds"].lowest[0], p["embeds"].best[0], p["embeds"].highest[0]) == (1, 2, 2) for p in profiles)
     assert fixed == referred
     assert (text["embeds"].lowest[1], text["embeds"].highest[1]) == (1, config.world_model.text_max_tokens)
     assert all(p["embeds"].best[1] == p["rope"].best[1] for p in profiles)
@@ -113,7 +114,7 @@ def test_unknown_graph_and_other_shapes_are_refused_with_their_names() -> None:
     config = preset("nano")
     with pytest.raises(ProfileError, match="graph odd has open dimensions \\(x\\)"):
         graph_profiles("odd", entry(x=("n", 2)), config, rows=2)
-    with pytest.raises(ProfileError, match="gives latents the shape \\(2, 1, 64\\), the graph takes"):
-        graph_profiles(graphs.LATENT_EMBED, entry(latents=(2, "n", 32)), config, rows=2)
+    with pytest.raises(ProfileError, match="gives latents the shape \\(1, 1, 64\\), the graph takes"):
+        graph_profiles(graphs.LATENT_EMBED, entry(latents=(graphs.GUIDANCE_ROWS, "n", 32)), config, rows=2)
     with pytest.raises(ProfileError, match="no flight shapes are known for input other"):
-        graph_profiles(graphs.LATENT_EMBED, entry(other=(2, "n", 32)), config, rows=2)
+        graph_profiles(graphs.LATENT_EMBED, entry(other=(graphs.GUIDANCE_ROWS, "n", 32)), config, rows=2)

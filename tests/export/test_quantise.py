@@ -49,10 +49,10 @@ def checkpoint(source: CheckpointSource) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def calibration(source: CheckpointSource, checkpoint: Checkpoint) -> Calibration:
+def calibration(source: CheckpointSource) -> Calibration:
     frames = np.stack(random_frames(source.config, source.config.horizon.num_frames))
     flights = [(frames, "fly forward 5 m")]
-    return collect(checkpoint, flights, checkpoint_sha256=source.fingerprint(), source="smooth frames")
+    return collect(source, flights, frames_from="smooth frames")
 
 
 @pytest.fixture(scope="module")
@@ -164,16 +164,8 @@ def test_folded_scales_leave_the_blocks_as_they_are(
 
 def test_awq_is_never_worse_than_rounding_to_nearest_on_the_shipped_model():
     source = open_any(NANO)
-    checkpoint = load_source(source)
-    horizon = source.config.horizon
-    frames = np.stack(random_frames(source.config, horizon.points[1]))
-    # One segment is enough for second moments.
-    short = msgspec.structs.replace(
-        source.config, horizon=msgspec.structs.replace(horizon, num_frames=1 + 2 * horizon.step)
-    )
-    calibration = collect(
-        replace(checkpoint, config=short), [(frames, "fly forward 6 meters")], checkpoint_sha256="-", source="frames"
-    )
+    frames = np.stack(random_frames(source.config, source.config.horizon.num_frames))
+    calibration = collect(source, [(frames, "fly forward 6 meters")], frames_from="frames")
     scales = ChannelScales(calibration, 64, torch.float16)
     better = total = 0
     for key in [k for k in source.infos if Precision(name="int4").quantised(k)]:
@@ -206,7 +198,7 @@ def _step(folder: Path, config: ModelConfig) -> np.ndarray:
         if value.name.startswith("past_"):
             kind = value.type.tensor_type
             dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-            caches[value.name.removeprefix("past_")] = np.zeros([d.dim_value for d in kind.shape.dim], dtype)
+            caches[value.name.removeprefix("past_")] = np.zeros([d.dim_value or 2 for d in kind.shape.dim], dtype)
     shape = (frames, h, w, bits)
     inputs = {
         "codes": rng.choice([-0.3, 0.3], size=(1, world.latent_channels, frames, h, w)),

@@ -3,22 +3,24 @@
 All exports share one tracer, because tracing takes most of the time.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from broken_bundles import copy_one_block_scale
 
 from worldvln_edge.bundle import Bundle
 from worldvln_edge.export.calibrate import collect
 from worldvln_edge.export.calibration import Calibration
 from worldvln_edge.export.exporter import export_bundle
 from worldvln_edge.export.graph_tracer import GraphTracer
-from worldvln_edge.export.parity_flights import packaged_flights
-from worldvln_edge.export.precision import PRECISIONS, Precision
+from worldvln_edge.export.parity_flights import PACKAGED_FRAMES, packaged_flights
+from worldvln_edge.export.precision import CALIBRATED, PRECISIONS, Precision
 from worldvln_edge.export.tensorrt_build import build_engines, parse_targets
-from worldvln_edge.export.verify import verify_bundle
+from worldvln_edge.export.verify import record_parity, verify_bundle
 from worldvln_edge.export.world_model_graphs import KVFlavour
-from worldvln_edge.models.checkpoint_source import CheckpointSource, load_source, open_any
+from worldvln_edge.models.checkpoint_source import CheckpointSource, open_any
 from worldvln_edge.runtime.graphs import ACTION_HEAD, WORLD_MODEL_STEP
 
 NOT_RUN_ON_CPU = ("bf16", "fp8")
@@ -32,7 +34,7 @@ def source() -> CheckpointSource:
 @pytest.fixture(scope="module")
 def calibration(source: CheckpointSource) -> Calibration:
     flights = packaged_flights()[:1]
-    return collect(load_source(source), flights, checkpoint_sha256=source.fingerprint(), source="packaged flights")
+    return collect(source, flights, frames_from="packaged flights")
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +59,48 @@ def export(
 @pytest.mark.parametrize("kv", ["inplace", "portable"])
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_every_precision_passes_verify(
-    export: Callable[[str, KVFlavour], Path], source: CheckpointSource, name: str, kv: KVFlavour
+    export: Callable[[str, KVFlavour], Path],
+    source: CheckpointSource,
+    calibration: Calibration,
+    name: str,
+    kv: KVFlavour,
 ):
-    report = verify_bundle(export(name, kv), source, count=2, run=name not in NOT_RUN_ON_CPU)
+    report = verify_bundle(
+        export(name, kv),
+        source,
+        count=1,
+        run=name not in NOT_RUN_ON_CPU,
+        calibration=calibration if name in CALIBRATED else None,
+    )
     assert {row.stage: row.failures for row in report.rows if row.failures} == {}
     assert report.result == ("built, not run" if name in NOT_RUN_ON_CPU else "passed")
+
+
+def test_final_actions_agree_on_eight_flights_with_eight_seeds(
+    export: Callable[[str, KVFlavour], Path], source: CheckpointSource, tmp_path: Path
+):
+    bundle = Path(shutil.copytree(export("fp32", "inplace"), tmp_path / "bundle"))
+    record_parity(bundle, verify_bundle(bundle, source, count=8, seed=40))
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.parity_result is not None
+    assert manifest.parity_result.result == "passed"
+    assert (manifest.parity_result.flights, manifest.parity_result.seed) == (8, 40)
+    assert manifest.parity_result.frames == PACKAGED_FRAMES
+    flight = manifest.parity["flight"]
+    assert flight["segments_without_flip"] >= 8
+    assert flight["action_cm"] <= flight["action_cm_bound"] < 0.01
+    assert flight["action_deg"] <= flight["action_deg_bound"] < 0.01
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_one_wrong_block_of_the_trained_model_is_found(
+    export: Callable[[str, KVFlavour], Path], source: CheckpointSource, tmp_path: Path, name: str
+):
+    bundle = Path(shutil.copytree(export(name, "inplace"), tmp_path / "bundle"))
+    copy_one_block_scale(bundle)
+    report = verify_bundle(bundle, source, run=False)
+    assert report.result == "failed"
+    assert [row.stage for row in report.rows if row.failures] == ["weights"]
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp8", "int8", "int4"])

@@ -39,10 +39,10 @@ def test_committed_and_predicted_pixels_equal_one_decode(model: WorldVLN, engine
     decoder = FeatureDecoder(engines)
     pixels = []
     for part in (slice(0, 1), slice(1, 3)):
-        features = decoder.commit(codes[:, part])
+        features = decoder.commit(codes[:, part], fetch=True)
         pixels.append(decoder.commit_pixels(features, codes[:, part]))
     for _ in range(2):  # a prediction leaves no trace
-        features = decoder.peek(codes[:, 3:])
+        features = decoder.peek(codes[:, 3:], fetch=True)
         predicted = decoder.peek_pixels(features, codes[:, 3:])
     expected, _ = model.vae.decode(torch.from_numpy(codes)[None])
     np.testing.assert_allclose(np.concatenate([*pixels, predicted], 2), expected.numpy(), atol=TOLERANCE)
@@ -52,7 +52,7 @@ def test_committed_and_predicted_pixels_equal_one_decode(model: WorldVLN, engine
 def test_streamed_features_equal_one_decode(model: WorldVLN, engines: dict[str, Engine]):
     codes = _codes(model, 6)
     decoder = FeatureDecoder(engines)
-    parts = [decoder.commit(codes[:, part]) for part in (slice(0, 1), slice(1, 2), slice(2, 6))]
+    parts = [decoder.commit(codes[:, part], fetch=True) for part in (slice(0, 1), slice(1, 2), slice(2, 6))]
     expected, _ = model.vae.decode_features(torch.from_numpy(codes)[None])
     np.testing.assert_allclose(np.concatenate(parts, 2), expected.numpy(), atol=TOLERANCE)
     assert decoder.latents_decoded == 6

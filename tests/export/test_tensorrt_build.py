@@ -13,11 +13,15 @@ from engine_bundles import BLOCK, block_model, embed_bundle, matmul_model, write
 
 from worldvln_edge.bundle import Bundle, BundleError, write_manifest
 from worldvln_edge.cli import main
-from worldvln_edge.export import tensorrt_build
+from worldvln_edge.export import tensorrt_build, tensorrt_network
+from worldvln_edge.export.build_job import BuildJob, EngineBuildError, Target
+from worldvln_edge.export.engine_records import only_writer
 from worldvln_edge.export.optimisation_profiles import Span
-from worldvln_edge.export.tensorrt_build import BuildJob, EngineBuildError, build_engine, build_engines, parse_targets
+from worldvln_edge.export.tensorrt_build import build_engines, parse_targets
+from worldvln_edge.export.tensorrt_builder import build_engine
+from worldvln_edge.export.tensorrt_network import check_formats
 from worldvln_edge.runtime.engine import EngineError
-from worldvln_edge.runtime.graphs import ACTION_ADAPTER, LATENT_EMBED, WORLD_MODEL_STEP
+from worldvln_edge.runtime.graphs import ACTION_ADAPTER, GUIDANCE_ROWS, LATENT_EMBED, WORLD_MODEL_STEP
 
 pytest.importorskip("tensorrt_rtx", reason="the extra tensorrt-rtx is not installed")
 
@@ -30,15 +34,26 @@ def block_job(
     """The job of one cached block; its graph is no graph of a flight, so its profile is given here."""
     sizes = sizes or SMALL
     write_bundle(folder, {BLOCK: block_model(precision, **sizes)}, precision)
-    low, best, high = ((2, n, sizes["width"]) for n in tokens)
+    low, best, high = ((rows, n, sizes["width"]) for rows, n in zip((1, 2, 2), tokens, strict=True))
     return BuildJob(
         bundle=folder,
         graph=BLOCK,
         file=f"{BLOCK}.onnx",
-        profiles=({"embeds": Span(lowest=low, best=best, highest=high)},),
+        profiles=({"embeds": Span(lowest=low, best=best, highest=high), **_cache_spans(sizes)},),
         target=parse_targets(target)[0],
         sources={},
     )
+
+
+def _cache_spans(sizes: dict[str, int]) -> dict[str, Span]:
+    cache = (sizes["kv_heads"], sizes["capacity"], sizes["width"] // sizes["heads"])
+    shapes: dict[str, tuple[int, ...]] = {
+        "write_index": (),
+        "kv_length": (),
+        "past_key_0": cache,
+        "past_value_0": cache,
+    }
+    return {name: Span(lowest=(1, *shape), best=(2, *shape), highest=(2, *shape)) for name, shape in shapes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +73,7 @@ def test_engines_of_two_gpus_are_built_without_a_gpu_and_recorded(built: Path) -
         assert entry.file == f"engines/tensorrt_rtx-{entry.version}/{entry.compute_capability}/{entry.graph}.engine"
         assert bundle.engine_path(entry).stat().st_size == entry.content.size_bytes > 10_000
         assert (built / entry.log).is_file()
-        assert (entry.precision, entry.parity) == ("fp16", {})
+        assert (entry.precision, entry.parity) == ("fp16", None)
         assert entry.sources == {n: bundle.manifest.files[n].sha256 for n in (f"{entry.graph}.onnx", "weights.bin")}
         assert entry.peak_memory_bytes > 1e7
 
@@ -97,12 +112,11 @@ def test_a_graph_that_does_not_build_does_not_stop_the_others(tmp_path: Path) ->
         tmp_path / "mixed",
         {
             ACTION_ADAPTER: matmul_model("bf16", (16, 16), 64, 96, ("features", "tokens")),
-            LATENT_EMBED: matmul_model("fp16", (2, "n"), 64, 192, ("latents", "embeds")),
+            LATENT_EMBED: matmul_model("fp16", (GUIDANCE_ROWS, "n"), 64, 192, ("latents", "embeds")),
         },
     )
     results = {result.graph: result for result in build_engines(folder, parse_targets("sm75"))}
-    assert "computes in bf16, which needs sm80 or newer" in results[ACTION_ADAPTER].error
-    assert "--precision fp16 or int8" in results[ACTION_ADAPTER].error
+    assert "computes in bf16, which tensorrt_rtx builds for sm80 or newer" in results[ACTION_ADAPTER].error
     assert [entry.graph for entry in Bundle.open(folder).manifest.engines] == [LATENT_EMBED]
 
 
@@ -112,6 +126,13 @@ def test_a_builder_that_dies_takes_one_engine_only(tmp_path: Path, monkeypatch: 
     results = {result.graph: result for result in build_engines(folder, parse_targets("sm89"), jobs=2)}
     assert "the builder was killed or crashed" in results[ACTION_ADAPTER].error
     assert results[LATENT_EMBED].entry is not None
+
+
+def test_a_killed_builder_names_its_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = embed_bundle(tmp_path / "bundle")
+    monkeypatch.setattr(tensorrt_build, "_build_safely", die_at_the_adapter)
+    (result,) = build_engines(folder, parse_targets("sm89"), graphs=[ACTION_ADAPTER])
+    assert "killed or crashed (exit code 9)" in result.error
 
 
 def die_at_the_adapter(job: BuildJob):
@@ -129,7 +150,7 @@ def test_valid_length_of_the_cache_reaches_the_engine(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_ignores_an_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_build, "_kv_lengths", lambda path: {})  # what the parser alone would give
+    monkeypatch.setattr(tensorrt_network, "_kv_lengths", lambda path: {})  # what the parser alone would give
     job = block_job(tmp_path / "block")
     with pytest.raises(EngineBuildError, match="does not use input kv_length, so the engine would compute something"):
         build_engine(job)
@@ -143,8 +164,24 @@ def test_attention_over_the_cache_in_fp32_is_refused(tmp_path: Path) -> None:
 
 def test_bf16_block_builds_from_sm80_on(tmp_path: Path) -> None:
     assert build_engine(block_job(tmp_path / "new", "bf16", "sm86")).precision == "bf16"
-    with pytest.raises(EngineBuildError, match="for sm75: the graph computes in bf16, which needs sm80 or newer"):
+    with pytest.raises(EngineBuildError, match="for sm75: the graph computes in bf16, which tensorrt_rtx builds"):
         build_engine(block_job(tmp_path / "old", "bf16", "sm75"))
+
+
+def target_of(package: str, capability: str) -> Target:
+    return Target(package=package, version="1", compute_capability=capability, is_local=package == "tensorrt")
+
+
+def test_advice_for_a_format_is_one_that_the_gpu_takes() -> None:
+    """fp32 is in every bundle, so on sm75 no precision helps tensorrt_rtx; a build on the device does."""
+    with pytest.raises(EngineBuildError, match=r"--precision fp16 or int8 and build it on the device"):
+        check_formats({"bf16", "fp32"}, target_of("tensorrt_rtx", "sm75"), "here")
+    with pytest.raises(EngineBuildError, match=r"in fp32, which .* build it on the device with `--target local`"):
+        check_formats({"fp16", "fp32"}, target_of("tensorrt_rtx", "sm75"), "here")
+    with pytest.raises(EngineBuildError, match=r"--precision fp16 or int8 or fp32 or bf16 or int4$"):
+        check_formats({"fp8", "fp32"}, target_of("tensorrt_rtx", "sm86"), "here")
+    check_formats({"fp8", "fp32"}, target_of("tensorrt_rtx", "sm89"), "here")
+    check_formats({"bf16", "fp32"}, target_of("tensorrt", "sm75"), "here")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +222,7 @@ def test_too_little_disk_is_said_before_anything_is_built(tmp_path: Path, monkey
 
 def test_two_builds_at_once_are_refused(tmp_path: Path) -> None:
     folder = embed_bundle(tmp_path / "bundle")
-    with tensorrt_build._only_build(folder), pytest.raises(EngineBuildError, match="another build is at work"):
+    with only_writer(folder), pytest.raises(EngineBuildError, match="another build is at work"):
         build_engines(folder, parse_targets("sm89"))
 
 
@@ -234,7 +271,7 @@ def test_command_prints_json_and_fails_when_a_graph_does(tmp_path: Path) -> None
     assert done.exit_code == 0, done.output
     (engine,) = json.loads(done.stdout)["engines"]
     assert engine["graph"] == ACTION_ADAPTER
-    assert engine["parity"] == {}
+    assert engine["parity"] is None
     assert "built, not run" in done.stderr
     failed = CliRunner().invoke(main, ["build", folder, "--target", "sm75", "--graphs", ACTION_ADAPTER])
     assert failed.exit_code == 1
@@ -242,6 +279,9 @@ def test_command_prints_json_and_fails_when_a_graph_does(tmp_path: Path) -> None
     wrong = CliRunner().invoke(main, ["build", folder, "--target", "sm1"])
     assert wrong.exit_code == 1
     assert wrong.stderr.startswith("error: unknown target 'sm1'")
+    unclear = CliRunner().invoke(main, ["build", folder])
+    assert unclear.exit_code == 2
+    assert "give either --target or --check-engines" in unclear.stderr
 
 
 @pytest.mark.slow

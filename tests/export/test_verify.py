@@ -9,11 +9,12 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
+from broken_bundles import change_graph, copy_one_block_scale, flip_bit, rehash
 from click.testing import CliRunner
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from small_models import random_frames, save_random_checkpoint, tiny_config
 
-from worldvln_edge.bundle import Bundle, file_entry, write_manifest
+from worldvln_edge.bundle import Bundle, write_manifest
 from worldvln_edge.cli import main
 from worldvln_edge.config import ModelConfig
 from worldvln_edge.export.calibrate import Flight, collect
@@ -24,9 +25,9 @@ from worldvln_edge.export.parity_flights import FlightsError, packaged_flights
 from worldvln_edge.export.precision import Precision
 from worldvln_edge.export.verify import ParityReport, VerifyError, record_parity, verify_bundle
 from worldvln_edge.images import transform
-from worldvln_edge.models.checkpoint_source import CheckpointSource, load_source, open_any
+from worldvln_edge.models.checkpoint_source import CheckpointSource, open_any
 
-UNRUN_STAGES = ["contents", "structure", "weights"]
+UNRUN_STAGES = ["contents", "structure", "weights", "input_scales"]
 STAGES = [
     *UNRUN_STAGES,
     "text_encoder",
@@ -39,6 +40,7 @@ STAGES = [
     "rgb_head",
     "actions",
     "flight",
+    "precision_cost",
 ]
 
 
@@ -53,40 +55,12 @@ def own_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
 
 
-def rehash(bundle: Path, file: str) -> None:
-    """Make the manifest agree with a changed file, so that only parity can find the change."""
-    path = bundle / "manifest.json"
-    content = json.loads(path.read_text())
-    content["files"][file] = msgspec.to_builtins(file_entry(bundle / file))
-    path.write_text(json.dumps(content))
-
-
-def failed_stages(bundle: Path, source: CheckpointSource, *, run: bool = True) -> list[str]:
-    report = verify_bundle(bundle, source, count=1, run=run)
+def failed_stages(
+    bundle: Path, source: CheckpointSource, *, run: bool = True, calibration: Calibration | None = None
+) -> list[str]:
+    report = verify_bundle(bundle, source, count=1, run=run, calibration=calibration)
     assert (report.result == "failed") == any(row.failures for row in report.rows)
     return [row.stage for row in report.rows if row.failures]
-
-
-def flip_bit(bundle: Path, graph: str, contains: str, *, byte: int = 0, mask: int = 0x10) -> None:
-    """Change one bit of the largest tensor of a graph whose name contains a text."""
-    path = bundle / Bundle.open_manifest(bundle).graphs[graph].file
-    tensors = onnx.load(path, load_external_data=False).graph.initializer
-    tensor = max((t for t in tensors if t.external_data and contains in t.name), key=lambda t: np.prod(t.dims))
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    with (bundle / "weights.bin").open("r+b") as stream:
-        stream.seek(int(place["offset"]) + byte)
-        value = stream.read(1)[0]
-        stream.seek(int(place["offset"]) + byte)
-        stream.write(bytes([value ^ mask]))
-    rehash(bundle, "weights.bin")
-
-
-def change_graph(bundle: Path, graph: str, change: Callable[[onnx.ModelProto], None]) -> None:
-    file = Bundle.open_manifest(bundle).graphs[graph].file
-    model = onnx.load(bundle / file, load_external_data=False)
-    change(model)
-    onnx.save_model(model, bundle / file)
-    rehash(bundle, file)
 
 
 def test_faithful_bundle_passes_every_stage(tiny_bundle: Path, source: CheckpointSource):
@@ -202,9 +176,9 @@ def test_another_checkpoint_is_refused(tiny_bundle: Path, tmp_path: Path):
 def test_flight_that_treats_its_frames_differently_is_found(
     tiny_bundle: Path, source: CheckpointSource, monkeypatch: pytest.MonkeyPatch
 ):
-    from worldvln_edge.runtime import worldvln_policy
+    from worldvln_edge.runtime import worldvln_session
 
-    monkeypatch.setattr(worldvln_policy, "transform", lambda frame, hw: -transform(frame, hw)[:, :, ::-1])
+    monkeypatch.setattr(worldvln_session, "transform", lambda frame, hw: -transform(frame, hw)[:, :, ::-1])
     assert failed_stages(tiny_bundle, source) == ["flight"]
 
 
@@ -231,8 +205,7 @@ def calibration(wide_source: CheckpointSource) -> Calibration:
         (np.stack(random_frames(config, config.horizon.num_frames, seed=seed)), "fly to the red tower")
         for seed in (1, 2)
     ]
-    fingerprint = wide_source.fingerprint()
-    return collect(load_source(wide_source), flights, checkpoint_sha256=fingerprint, source="test")
+    return collect(wide_source, flights, frames_from="test")
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +218,8 @@ def export_wide(
     made: dict[str, Path] = {}
 
     def export(name: str, kv: str = "inplace", **options: str) -> Path:
+        if name in ("int8", "int4", "fp8"):  # quantised graphs of one compute dtype share a trace
+            options = {"compute": "fp32", **options}
         label = f"{name}-{kv}-{'-'.join(options.values())}"
         if label not in made:
             made[label] = tmp_path_factory.mktemp("precisions") / label
@@ -259,18 +234,18 @@ def export_wide(
     ("name", "kv", "options"),
     [
         ("fp16", "inplace", {}),
-        ("int8", "inplace", {}),
-        ("int4", "inplace", {}),
+        ("int8", "inplace", {"compute": "fp16"}),
+        ("int4", "inplace", {"compute": "fp16"}),
         ("fp16", "portable", {}),
-        ("int8", "portable", {"compute": "fp32"}),
-        ("int4", "portable", {"int4_method": "rtn"}),
+        ("int8", "portable", {}),
+        ("int4", "portable", {"compute": "fp16", "int4_method": "rtn"}),
     ],
 )
 @pytest.mark.slow
 def test_every_precision_passes_in_both_flavours(
     export_wide: Callable[..., Path], wide_source: CheckpointSource, name: str, kv: str, options: dict[str, str]
 ):
-    report = verify_bundle(export_wide(name, kv, **options), wide_source)
+    report = verify_bundle(export_wide(name, kv, **options), wide_source, count=2)
     assert [row.stage for row in report.rows] == STAGES
     assert {row.stage: row.failures for row in report.rows if row.failures} == {}
 
@@ -282,14 +257,14 @@ def test_precision_that_does_not_run_here_is_checked_and_says_so(
 ):
     report = verify_bundle(export_wide(name), wide_source)
     assert [row.stage for row in report.rows] == UNRUN_STAGES
-    assert [row.failures for row in report.rows] == [[]] * 3
+    assert [row.failures for row in report.rows] == [[]] * 4
     assert (report.result, report.engine, report.flights) == ("built, not run", "", 0)
 
 
 @pytest.mark.parametrize(
     ("name", "tensor", "mask"),
     [
-        ("fp16", "norm", 0x01),
+        pytest.param("fp16", "norm", 0x01, marks=pytest.mark.slow),
         ("int8", "down_proj", 0x04),
         ("int4", "down_proj", 0x04),
         ("int4", "up_proj", 0x04),
@@ -304,6 +279,120 @@ def test_one_wrong_value_of_a_low_precision_is_found(
     bundle = Path(shutil.copytree(export_wide(name), tmp_path / "bundle"))
     flip_bit(bundle, "world_model_step", tensor, byte=3, mask=mask)
     assert failed_stages(bundle, wide_source, run=False) == ["weights"]
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_block_with_the_scale_of_another_is_found(
+    export_wide: Callable[..., Path], wide_source: CheckpointSource, tmp_path: Path, name: str
+):
+    bundle = Path(shutil.copytree(export_wide(name), tmp_path / "bundle"))
+    copy_one_block_scale(bundle)
+    assert failed_stages(bundle, wide_source, run=False) == ["weights"]
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_product_that_reads_the_scales_of_another_is_found_by_its_stage(
+    export_wide: Callable[..., Path],
+    wide_source: CheckpointSource,
+    calibration: Calibration,
+    tmp_path: Path,
+    name: str,
+):
+    """Every stored weight is right, so only the comparison of activations can find it."""
+    bundle = Path(shutil.copytree(export_wide(name), tmp_path / "bundle"))
+
+    def swap(model: onnx.ModelProto) -> None:
+        gate, up = (
+            next(
+                n
+                for n in model.graph.node
+                if n.op_type == "DequantizeLinear" and f"block_1.block.mlp.{part}_proj" in n.input[1]
+            )
+            for part in ("gate", "up")
+        )
+        gate.input[1], up.input[1] = up.input[1], gate.input[1]
+
+    change_graph(bundle, "world_model_step", swap)
+    failed = failed_stages(bundle, wide_source, calibration=calibration)
+    assert "world_model" in failed
+    assert "weights" not in failed
+
+
+def scale_inputs(model: onnx.ModelProto, factor: float, *, every: bool) -> None:
+    """Multiply the scale of one input; with `every` also of whatever else reads it."""
+    scale = next(t for t in model.graph.initializer if t.name.endswith("0.mlp.down_proj.input_scale"))
+    array = numpy_helper.to_array(scale)
+    wrong = numpy_helper.from_array((array * factor).astype(array.dtype), scale.name if every else "wrong_scale")
+    if every:
+        scale.CopyFrom(wrong)
+        return
+    model.graph.initializer.append(wrong)
+    next(n for n in model.graph.node if n.op_type == "QuantizeLinear" and scale.name in n.input).input[1] = wrong.name
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_wrong_scale_of_one_input_is_found_with_the_calibration(
+    export_wide: Callable[..., Path],
+    wide_source: CheckpointSource,
+    calibration: Calibration,
+    tmp_path: Path,
+    name: str,
+):
+    folder = export_wide(name)
+    assert failed_stages(folder, wide_source, run=False, calibration=calibration) == []
+    bundle = Path(shutil.copytree(folder, tmp_path / "bundle"))
+    for graph in ("world_model_step", "world_model_context"):
+        change_graph(bundle, graph, lambda model: scale_inputs(model, 1.002, every=True))
+    assert failed_stages(bundle, wide_source, run=False) == []
+    assert failed_stages(bundle, wide_source, run=False, calibration=calibration) == ["input_scales"]
+
+
+def test_wrong_scale_of_one_input_is_found_without_the_calibration(
+    export_wide: Callable[..., Path], wide_source: CheckpointSource, calibration: Calibration, tmp_path: Path
+):
+    flights = [
+        (np.stack(random_frames(wide_source.config, wide_source.config.horizon.num_frames, seed=3)), "climb to the red")
+    ]
+    faithful = verify_bundle(export_wide("int8"), wide_source, flights=flights, count=1)
+    assert {row.stage: row.failures for row in faithful.rows if row.failures} == {}
+    assert next(row for row in faithful.rows if row.stage == "input_scales").note == "with the flights"
+
+    two = Path(shutil.copytree(export_wide("int8"), tmp_path / "two"))
+    change_graph(two, "world_model_step", lambda model: scale_inputs(model, 1.002, every=False))
+    assert failed_stages(two, wide_source, run=False) == ["input_scales"]
+
+    far = Path(shutil.copytree(export_wide("int8"), tmp_path / "far"))
+    for graph in ("world_model_step", "world_model_context"):
+        change_graph(far, graph, lambda model: scale_inputs(model, 5.0, every=True))
+    report = verify_bundle(far, wide_source, flights=flights, count=1)
+    assert "input_scales" in [row.stage for row in report.rows if row.failures]
+
+
+def test_input_that_is_not_rounded_is_found(
+    export_wide: Callable[..., Path], wide_source: CheckpointSource, calibration: Calibration, tmp_path: Path
+):
+    bundle = Path(shutil.copytree(export_wide("int8"), tmp_path / "bundle"))
+
+    def skip(model: onnx.ModelProto) -> None:
+        codes = next(n for n in model.graph.node if n.op_type == "QuantizeLinear")
+        rounded = next(n for n in model.graph.node if codes.output[0] in n.input)
+        product = next(n for n in model.graph.node if rounded.output[0] in n.input)
+        product.input[0] = codes.input[0]
+
+    change_graph(bundle, "world_model_step", skip)
+    assert failed_stages(bundle, wide_source, run=False, calibration=calibration) == ["input_scales"]
+
+
+def test_other_calibration_is_refused(
+    export_wide: Callable[..., Path], wide_source: CheckpointSource, calibration: Calibration
+):
+    config = wide_source.config
+    frames = np.stack(random_frames(config, config.horizon.num_frames, seed=9))
+    other = collect(wide_source, [(frames, "climb")], frames_from="other")
+    with pytest.raises(VerifyError, match="made with the calibration with sha256"):
+        verify_bundle(export_wide("int8"), wide_source, calibration=other, run=False)
+    with pytest.raises(VerifyError, match="made without a calibration"):
+        verify_bundle(export_wide("fp32"), wide_source, calibration=calibration, run=False)
 
 
 # Frames and the command.
@@ -341,6 +430,20 @@ def test_command_writes_table_and_result_into_the_manifest(own_bundle: Path, tin
     assert manifest.parity_result.result == "passed"
     assert "CPUExecutionProvider" in manifest.parity_result.engine
     assert "frames.npy" in manifest.parity_result.frames
+
+
+def test_command_compares_input_scales_with_the_calibration_file(
+    export_wide: Callable[..., Path], wide_source: CheckpointSource, calibration: Calibration, tmp_path: Path
+):
+    bundle = Path(shutil.copytree(export_wide("int8"), tmp_path / "bundle"))
+    calibration.save(tmp_path / "calibration.safetensors")
+    options = ("--no-run", "--calibration", str(tmp_path / "calibration.safetensors"))
+    checkpoint = wide_source.tokenizer_file.parent
+    result = run_verify(bundle, checkpoint, *options)
+    assert result.exit_code == 0, result.output
+    assert "with the calibration" in result.stdout
+    change_graph(bundle, "world_model_step", lambda model: scale_inputs(model, 1.002, every=True))
+    assert run_verify(bundle, checkpoint, *options).exit_code == 1
 
 
 def test_command_flies_on_shards(own_bundle: Path, tiny_checkpoint: Path, tmp_path: Path):

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from worldvln_edge.export import weight_file
-from worldvln_edge.export.planned_tensor import CastReports, PlannedTensor, checkpoint_tensor
+from worldvln_edge.export.planned_tensor import CastOverflowError, CastReports, PlannedTensor, checkpoint_tensor
+from worldvln_edge.export.progress import Note
 from worldvln_edge.export.tracing import ExportError
 from worldvln_edge.export.weight_file import WEIGHTS_FILE, WeightFile
 
 TENSORS = {f"t{i}": torch.randn(7 + i, 5, generator=torch.Generator().manual_seed(i)) for i in range(4)}
-TENSORS["tiny"] = torch.tensor([1e-9, 2.0, 70000.0])
+TENSORS["tiny"] = torch.tensor([1e-9, 2.0, 60000.0])
+RUN = {"checkpoint": "a", "exporter": "b"}
 
 
 class Stopped(Exception):
@@ -39,10 +41,17 @@ def _planned(reports: CastReports, dtype: torch.dtype = torch.float32) -> list[P
     return [checkpoint_tensor(key, tuple(tensor.shape), dtype, reports) for key, tensor in TENSORS.items()]
 
 
-def _write(folder: Path, read: Reader, *, run: str = "run", dtype: torch.dtype = torch.float32) -> CastReports:
+def _write(
+    folder: Path,
+    read: Reader,
+    *,
+    run: dict[str, str] = RUN,
+    dtype: torch.dtype = torch.float32,
+    note: Note | None = None,
+) -> CastReports:
     folder.mkdir(exist_ok=True)
     reports = CastReports()
-    WeightFile(_planned(reports, dtype)).write(folder, read, reports, run=run)
+    WeightFile(_planned(reports, dtype)).write(folder, read, reports, run=run, note=note)
     return reports
 
 
@@ -102,29 +111,43 @@ def test_half_a_tensor_is_written_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "cut" / WEIGHTS_FILE).read_bytes() == (tmp_path / "whole" / WEIGHTS_FILE).read_bytes()
 
 
-def test_leftovers_of_another_run_are_not_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("changed", ["checkpoint", "exporter"])
+def test_leftovers_of_another_run_are_not_taken_up_and_the_reason_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+):
     monkeypatch.setattr(weight_file, "_SYNC_BYTES", 1)
     with pytest.raises(Stopped):
-        _write(tmp_path / "cut", Reader(3), run="another")
-    again = Reader()
-    _write(tmp_path / "cut", again)
+        _write(tmp_path / "cut", Reader(3), run=RUN | {changed: "another"})
+    again, notes = Reader(), []
+    _write(tmp_path / "cut", again, note=notes.append)
     assert again.keys == list(TENSORS)
+    assert notes == [f"an unfinished export in {tmp_path / 'cut'} was made from another {changed}: it starts over"]
+    _write(tmp_path / "cut", Reader(), note=notes.append)  # whole, and of this run
+    assert len(notes) == 1
 
 
 def test_losses_of_a_narrow_dtype_are_counted_and_survive_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(weight_file, "_SYNC_BYTES", 1)
     reports = _write(tmp_path / "a", Reader(), dtype=torch.float16)
     (loss,) = reports.losses.values()
-    assert (loss.key, loss.overflowed, loss.flushed) == ("tiny", 1, 1)
-    assert loss.largest == 70000.0
+    assert (loss.key, loss.flushed, loss.largest) == ("tiny", 1, 60000.0)
     (tmp_path / "b").mkdir()
     first, second = CastReports(), CastReports()
     file = WeightFile(reversed(_planned(first, torch.float16)))
     with pytest.raises(Stopped):
-        file.write(tmp_path / "b", Reader(2), first, run="run")
+        file.write(tmp_path / "b", Reader(2), first, run=RUN)
     again = WeightFile(reversed(_planned(second, torch.float16)))
-    again.write(tmp_path / "b", Reader(), second, run="run")
+    again.write(tmp_path / "b", Reader(), second, run=RUN)
     assert second.losses == reports.losses
+
+
+def test_the_first_tensor_that_does_not_fit_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(TENSORS, "t1", torch.full((8, 5), -1e6))
+    read = Reader()
+    with pytest.raises(CastOverflowError, match=r"t1 does not fit float16: 40 values .* \(up to 1e\+06\)") as caught:
+        _write(tmp_path / "a", read, dtype=torch.float16)
+    assert (caught.value.key, caught.value.overflowed, caught.value.largest) == ("t1", 40, 1e6)
+    assert read.keys == ["t0", "t1"]
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

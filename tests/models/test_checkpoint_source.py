@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -13,11 +14,15 @@ from small_models import STATS, random_model, tiny_config, tokenizer_json
 from worldvln_edge.config import ConfigError
 from worldvln_edge.models.checkpoint_file import CheckpointError
 from worldvln_edge.models.checkpoint_source import (
+    EXAMPLE_PARTS,
     IDENTITY_STATS,
+    CheckpointChangedError,
+    ReleasedParts,
     TensorInfo,
     load_source,
     open_any,
     open_checkpoint,
+    open_parts,
     open_released,
 )
 from worldvln_edge.models.worldvln import WorldVLN, load_checkpoint
@@ -303,6 +308,26 @@ def test_what_is_no_checkpoint_is_said_so(tmp_path, tiny_checkpoint):
         open_any(folder)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
         open_checkpoint(folder)
+
+
+def test_a_file_that_changes_after_opening_is_named(released, model):
+    source = open_any(released)
+    source.check_unchanged()
+    torch.save({"vae": model.vae.state_dict(), "note": "longer"}, released / "vae.pth")
+    with pytest.raises(CheckpointChangedError, match=r"vae\.pth was changed .* since it was opened"):
+        source.check_unchanged()
+    source = open_any(released)
+    (released / "text_encoder" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointChangedError, match=r"tokenizer\.json is gone since it was opened"):
+        source.check_unchanged()
+
+
+def test_the_example_in_messages_is_a_complete_description(tmp_path):
+    with pytest.raises(CheckpointError, match="by --backbone, --vae, --text, --action and --preset, or in released"):
+        open_any(tmp_path)
+    parts = msgspec.json.decode(EXAMPLE_PARTS, type=ReleasedParts)
+    with pytest.raises(CheckpointError, match=r"no text encoder at .*flan-t5-xl"):
+        open_parts(parts, tmp_path)
 
 
 def test_parts_may_be_named_one_by_one(released, model):

@@ -1,13 +1,19 @@
 """Device memory: what can be said without a device, and the calls that reach its driver."""
 
+import ctypes
 import sys
+import weakref
+from collections import Counter
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 from fake_gpu import FakeMemory
 
-from worldvln_edge.runtime.device_memory import CudaMemory, DeviceMemoryError, PyCudaMemory, check_span
+from worldvln_edge.runtime.cuda_memory import CudaMemory
+from worldvln_edge.runtime.device_memory import DeviceMemoryError, check_span
+from worldvln_edge.runtime.pycuda_memory import PyCudaMemory
 
 
 def test_copies_may_not_leave_the_buffer() -> None:
@@ -23,7 +29,7 @@ def test_copies_may_not_leave_the_buffer() -> None:
 
 def has_gpu() -> bool:
     try:
-        CudaMemory()
+        CudaMemory().close()
     except DeviceMemoryError:
         return False
     return True
@@ -51,10 +57,10 @@ def test_every_driver_call_that_is_made_exists_in_the_installed_binding() -> Non
     import inspect
     import re
 
-    from worldvln_edge.runtime import device_memory
+    from worldvln_edge.runtime import cuda_memory
 
-    names = set(re.findall(r'"(cu[A-Z]\w+)"', inspect.getsource(device_memory)))
-    assert len(names) > 15
+    names = set(re.findall(r'"(cu[A-Z]\w+)"', inspect.getsource(cuda_memory)))
+    assert len(names) > 20
     assert [name for name in sorted(names) if not hasattr(driver, name)] == []
     for path in ("CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL", "CUstream_flags.CU_STREAM_NON_BLOCKING"):
         kind, member = path.split(".")
@@ -62,24 +68,43 @@ def test_every_driver_call_that_is_made_exists_in_the_installed_binding() -> Non
 
 
 class FakeDriver:
-    """The driver's calls on host memory; errors are codes, as in the binding."""
+    """The driver's calls on host memory; errors are codes, as in the binding. Counts what lives."""
 
     CUresult = SimpleNamespace(CUDA_SUCCESS=0)
     CUdevice_attribute = SimpleNamespace(
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=8, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=9
     )
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
+    ENDS: ClassVar = {
+        "cuStreamDestroy": "cuStreamCreate",
+        "cuEventDestroy": "cuEventCreate",
+        "cuGraphDestroy": "cuStreamEndCapture",
+        "cuGraphExecDestroy": "cuGraphInstantiate",
+        "cuDevicePrimaryCtxRelease": "cuDevicePrimaryCtxRetain",
+    }
 
-    def __init__(self) -> None:
+    def __init__(self, *failing: str) -> None:
         self.blocks: dict[int, np.ndarray] = {}
         self.calls: list[str] = []
+        self.alive: Counter[str] = Counter()
+        self.failing = set(failing)
 
     def __getattr__(self, name: str):
         def call(*arguments):
             self.calls.append(name)
+            if name in self.failing:
+                return (SimpleNamespace(name="CUDA_ERROR_UNKNOWN"),)
+            if name in self.ENDS.values():
+                self.alive[name] += 1
+            if name in self.ENDS:
+                self.alive[self.ENDS[name]] -= 1
             return (0, 5)
 
         return call
+
+    def left_behind(self) -> dict[str, int]:
+        return {name: count for name, count in self.alive.items() if count}
 
     def cuDeviceGetCount(self):
         return 0, 1
@@ -99,15 +124,10 @@ class FakeDriver:
         return (0,)
 
     def cuMemcpyHtoDAsync(self, target, source, size, stream):
-        return self._move(target, source, size)
-
-    cuMemcpyDtoHAsync = cuMemcpyHtoDAsync
-
-    def _move(self, target, source, size):
-        import ctypes
-
         ctypes.memmove(target, source, size)
         return (0,)
+
+    cuMemcpyDtoHAsync = cuMemcpyHtoDAsync
 
 
 def test_bytes_travel_there_and_back_at_an_offset(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,9 +143,11 @@ def test_bytes_travel_there_and_back_at_an_offset(monkeypatch: pytest.MonkeyPatc
     event = memory.event()
     event.record(stream)
     event.wait()
-    buffer.free()
-    buffer.free()
-    assert driver.blocks == {}
+    for thing in (buffer, event, stream) * 2:
+        thing.free()
+    memory.close()
+    memory.close()
+    assert driver.blocks == driver.left_behind() == {}
     assert {"cuEventRecord", "cuEventSynchronize", "cuDevicePrimaryCtxRetain"} <= set(driver.calls)
 
 
@@ -135,6 +157,116 @@ def test_full_memory_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) ->
         CudaMemory().allocate(10_000)
     with pytest.raises(DeviceMemoryError, match="CUDA device 3 asked for, 1 found here"):
         CudaMemory(3)
+
+
+def test_a_captured_graph_is_freed_and_its_description_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    memory = CudaMemory()
+    stream = memory.stream()
+    stream.begin_capture()
+    graph = stream.end_capture()
+    assert driver.left_behind() == {"cuDevicePrimaryCtxRetain": 1, "cuStreamCreate": 1, "cuGraphInstantiate": 1}
+    graph.launch(stream)
+    graph.free()
+    graph.free()
+    with pytest.raises(DeviceMemoryError, match="cuGraphLaunch on something that was freed"):
+        graph.launch(stream)
+    stream.free()
+    memory.close()
+    assert driver.left_behind() == {}
+    with pytest.raises(DeviceMemoryError, match="this device memory was closed"):
+        memory.stream()
+
+
+def test_what_fails_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver("cuCtxSetCurrent")
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    with pytest.raises(DeviceMemoryError, match="cuCtxSetCurrent failed with CUDA_ERROR_UNKNOWN"):
+        CudaMemory()
+    assert driver.left_behind() == {}
+    driver.failing = {"cuGraphInstantiate"}
+    stream = CudaMemory().stream()
+    stream.begin_capture()
+    with pytest.raises(DeviceMemoryError, match="cuGraphInstantiate failed"):
+        stream.end_capture()
+    assert driver.alive["cuStreamEndCapture"] == 0
+
+
+class PyCudaThing:
+    handle = 7
+
+    def synchronize(self) -> None:
+        pass
+
+    def record(self, stream: "PyCudaThing") -> None:
+        pass
+
+
+class FakePyCuda:
+    """What of `pycuda.driver` is used; things end with their last reference, inside a pushed context only."""
+
+    class Error(Exception):
+        pass
+
+    class MemoryError(Error):
+        pass
+
+    def __init__(self) -> None:
+        self.alive: Counter[str] = Counter()
+        self.pushed = 0
+
+    def init(self) -> None:
+        pass
+
+    def Device(self, index: int):
+        return SimpleNamespace(retain_primary_context=lambda: self, compute_capability=lambda: (8, 7))
+
+    def push(self) -> None:
+        self.pushed += 1
+
+    def pop(self) -> None:
+        self.pushed -= 1
+
+    def detach(self) -> None:
+        self.alive["context"] -= 1
+
+    def thing(self, kind: str) -> PyCudaThing:
+        assert self.pushed
+        self.alive[kind] += 1
+        native = PyCudaThing()
+        weakref.finalize(native, self.end, kind)
+        return native
+
+    def end(self, kind: str) -> None:
+        if self.pushed:  # outside of its context it would not be given back
+            self.alive[kind] -= 1
+
+    def Stream(self):
+        return self.thing("stream")
+
+    def Event(self):
+        return self.thing("event")
+
+
+def test_pycuda_frees_inside_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakePyCuda()
+    monkeypatch.setitem(sys.modules, "pycuda.driver", driver)
+    memory = PyCudaMemory()
+    assert memory.compute_capability == "sm87"
+    stream, event = memory.stream(), memory.event()
+    event.record(stream)
+    event.wait()
+    for thing in (event, stream) * 2:
+        thing.free()
+    assert driver.alive == {"stream": 0, "event": 0}
+    with pytest.raises(DeviceMemoryError, match="this was freed"):
+        stream.wait()
+    memory.close()
+    memory.close()
+    assert driver.alive["context"] == -1
+    with pytest.raises(DeviceMemoryError, match="this device memory was closed"):
+        memory.event()
 
 
 @pytest.mark.gpu
@@ -147,3 +279,6 @@ def test_a_real_device_keeps_bytes() -> None:
     stream.wait()
     np.testing.assert_array_equal(back, array)
     assert memory.compute_capability.startswith("sm")
+    for thing in (buffer, stream):
+        thing.free()
+    memory.close()

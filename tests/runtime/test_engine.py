@@ -33,10 +33,9 @@ def test_results_survive_the_next_run(tiny_bundle: Path):
 def test_context_writes_only_its_own_entries(tiny_bundle: Path):
     policy = load_policy(tiny_bundle, threads=1)
     model = policy.config.world_model
-    cache = policy.new_cache()
-    cache.buffers[:] = 7
+    memory = policy.workspace.memory
+    memory.array[:] = 7
     stems = graphs.cache_stems(model.depth)
-    buffers = cache.buffers.reshape(-1, *cache.buffers.shape[2:])
     outputs = policy.engines[graphs.WORLD_MODEL_CONTEXT].run(
         {
             "embeds": np.ones((2, 3, model.width), np.float32),
@@ -44,12 +43,12 @@ def test_context_writes_only_its_own_entries(tiny_bundle: Path):
             "write_index": np.full(2, 4, np.int64),
             "kv_length": np.full(2, 7, np.int64),
         },
-        dict(zip(stems, buffers, strict=True)),
+        dict(zip(stems, memory.buffers(2), strict=True)),
     )
     assert outputs == {}
-    assert (cache.buffers[..., :4, :] == 7).all()
-    assert (cache.buffers[..., 7:, :] == 7).all()
-    assert not (cache.buffers[..., 4:7, :] == 7).any()
+    assert (memory.array[..., :4, :] == 7).all()
+    assert (memory.array[..., 7:, :] == 7).all()
+    assert not (memory.array[..., 4:7, :] == 7).any()
 
 
 def test_a_file_that_is_no_graph_is_named(tmp_path: Path):

@@ -50,7 +50,7 @@ class CountingSession(NullSession):
         self.is_closed = False
         self.fail_with: Exception | None = None
 
-    def observe(self, frames):
+    def observe(self, frames, *, budget_s=None):
         self.seen.extend(int(frame[0, 0, 0]) for frame in frames)
         if self.fail_with is not None and self.frames + len(frames) >= 1:
             self.frames = min(self.frames + len(frames), 49)

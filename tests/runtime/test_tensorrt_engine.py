@@ -1,27 +1,46 @@
 """The TensorRT engine: real files and the real package up to the device, and a stand-in for the device behind it."""
 
+import gc
+import logging
+import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
-from fake_gpu import CACHE, FakeEngine, FakeMemory, fake_tensorrt
+from fake_gpu import FakeMemory
+from fake_tensorrt import CACHE, FakeEngine, fake_tensorrt
 
 from worldvln_edge.bundle import Bundle, BundleError
-from worldvln_edge.runtime import tensorrt_engine
+from worldvln_edge.parity_record import EngineParity, OutputParity
+from worldvln_edge.runtime.cuda_graph_cache import MOST_SHAPES
+from worldvln_edge.runtime.device_memory import DeviceMemoryError
 from worldvln_edge.runtime.engine import EngineError
-from worldvln_edge.runtime.tensorrt_engine import EngineShapeError, TensorRTEngine, load_tensorrt, tensor_dtype
+from worldvln_edge.runtime.engine_signature import EngineShapeError
+from worldvln_edge.runtime.tensorrt_engine import TensorRTEngine
+from worldvln_edge.runtime.tensorrt_library import TensorRTLog, load_tensorrt, tensor_dtype, tensorrt_log
 
 
 @pytest.fixture
-def make_engine(monkeypatch: pytest.MonkeyPatch):
-    def make(memory: FakeMemory, *, is_portable: bool = False, **options) -> tuple[TensorRTEngine, FakeEngine]:
-        fake = FakeEngine(memory, is_portable)
-        monkeypatch.setitem(__import__("sys").modules, "tensorrt", fake_tensorrt(fake))
-        tensorrt_engine.tensorrt_log.cache_clear()
+def install(monkeypatch: pytest.MonkeyPatch):
+    """Put a fake package in the place of `tensorrt`."""
+
+    def put(package) -> None:
+        monkeypatch.setitem(sys.modules, "tensorrt", package)
+        tensorrt_log.cache_clear()
+
+    yield put
+    tensorrt_log.cache_clear()
+
+
+@pytest.fixture
+def make_engine(install):
+    def make(memory: FakeMemory, fake: FakeEngine | None = None, **options) -> tuple[TensorRTEngine, FakeEngine]:
+        fake = fake or FakeEngine(memory)
+        install(fake_tensorrt(lambda data: fake))
         return TensorRTEngine(b"plan", graph="step", package="tensorrt", memory=memory, **options), fake
 
-    yield make
-    tensorrt_engine.tensorrt_log.cache_clear()
+    return make
 
 
 def call(rows: int, start: int = 0, seed: int = 0) -> dict[str, np.ndarray]:
@@ -42,7 +61,8 @@ def test_results_and_cache_entries_come_back(make_engine) -> None:
 
 @pytest.mark.parametrize("is_portable", [False, True])
 def test_a_host_cache_sees_what_the_host_changed_between_calls(make_engine, is_portable: bool) -> None:
-    engine, _ = make_engine(FakeMemory(), is_portable=is_portable)
+    memory = FakeMemory()
+    engine, _ = make_engine(memory, FakeEngine(memory, is_portable))
     cache, expected = np.zeros(CACHE, np.float32), np.zeros(CACHE, np.float32)
     for seed, (rows, start) in enumerate([(2, 0), (2, 2), (4, 4), (2, 1), (2, 0), (2, 6)]):
         cache[:, :, :start] = expected[:, :, :start] = seed
@@ -75,7 +95,7 @@ def test_a_device_cache_is_read_and_written_where_it_is(make_engine) -> None:
 
 def test_a_portable_engine_refuses_a_device_cache(make_engine) -> None:
     memory = FakeMemory()
-    engine, _ = make_engine(memory, is_portable=True)
+    engine, _ = make_engine(memory, FakeEngine(memory, is_portable=True))
     with pytest.raises(EngineError, match=r"does not share the memory of past_key_0.*--kv inplace"):
         engine.run(call(2), {"key_0": memory.allocate(int(np.prod(CACHE)) * 4)})
 
@@ -91,7 +111,7 @@ def test_a_shape_is_captured_once_and_replayed(make_engine) -> None:
     assert len(fake.contexts) == 3  # the shape of 2 rows was bound again when the buffers grew
     assert memory.captures == 2
     assert memory.launches == 3 + 4
-    assert {context.profile for context in fake.contexts} == {0, 1}
+    assert {context.profile for context in fake.alive_contexts} == {0, 1}
 
 
 @pytest.mark.parametrize("options", [{"cuda_graphs": False}, {}])
@@ -115,12 +135,153 @@ def test_two_sessions_keep_their_own_device_caches(make_engine) -> None:
             np.testing.assert_array_equal(found, inputs["x"])
 
 
-def test_closing_gives_all_memory_back(make_engine) -> None:
+def fly_shapes(engine: TensorRTEngine, rows: range) -> None:
+    for count in rows:
+        for turn in range(3):
+            inputs = {"x": np.full((count, 3), turn, np.float32), "write_index": np.array([0])}
+            outputs = engine.run(inputs | {"kv_length": np.array([1])}, {"key_0": np.zeros(CACHE, np.float32)})
+            assert (outputs["doubled"] == 2 * turn).all()
+
+
+def wide_engine(memory: FakeMemory) -> FakeEngine:
+    return FakeEngine(memory, profiles=(((1, 3), (200, 3), (200, 3)),))
+
+
+def test_two_hundred_shapes_keep_few_contexts_and_closing_leaves_nothing(make_engine) -> None:
+    memory = FakeMemory()
+    engine, fake = make_engine(memory, wide_engine(memory))
+    fly_shapes(engine, range(200, 0, -1))
+    gc.collect()
+    assert memory.captures == 200
+    assert memory.alive["graph"] == len(fake.alive_contexts) == MOST_SHAPES
+    engine.close()
+    gc.collect()
+    assert memory.left_behind() == {}
+    assert len(fake.alive_contexts) == 0
+
+
+def test_buffers_that_grow_free_the_graphs_that_used_them(make_engine) -> None:
+    memory = FakeMemory()
+    engine, fake = make_engine(memory, wide_engine(memory))
+    fly_shapes(engine, range(1, 201))
+    gc.collect()
+    assert memory.alive["graph"] == len(fake.alive_contexts) == 1
+    engine.close()
+    assert memory.left_behind() == {}
+
+
+def test_closing_twice_does_no_harm_and_a_closed_engine_says_so(make_engine) -> None:
     memory = FakeMemory()
     engine, _ = make_engine(memory)
     engine.run(call(2), {"key_0": np.zeros(CACHE, np.float32)})
     engine.close()
-    assert memory.spaces == {}
+    engine.close()
+    assert memory.left_behind() == {}
+    with pytest.raises(EngineError, match="engine of step: it was closed; load it again"):
+        engine.run(call(2), {"key_0": np.zeros(CACHE, np.float32)})
+
+
+def test_an_engine_whose_constructor_fails_leaves_nothing(make_engine) -> None:
+    memory = FakeMemory()
+    odd = FakeEngine(memory)
+    odd.get_tensor_dtype = lambda name: "FLOAT4"
+    with pytest.raises(EngineError, match="cannot be passed in or out"):
+        make_engine(memory, odd)
+    assert memory.left_behind() == {}
+
+
+def test_a_device_that_runs_full_leaves_nothing_after_closing(make_engine) -> None:
+    memory = FakeMemory()
+    engine, _ = make_engine(memory)
+    memory.most_buffers = 3
+    with pytest.raises(DeviceMemoryError, match="OUT_OF_MEMORY"):
+        engine.run(call(2), {"key_0": np.zeros(CACHE, np.float32)})
+    engine.close()
+    assert memory.left_behind() == {}
+
+
+@pytest.mark.parametrize("where", ["begin", "end", "run"])
+def test_a_capture_that_fails_is_said_once_and_never_tried_again(make_engine, caplog, where: str) -> None:
+    memory = FakeMemory()
+    memory.refuses_captures = where
+    engine, fake = make_engine(memory, FakeEngine(memory, on_run=lambda: memory.captured is None))
+    cache = np.zeros(CACHE, np.float32)
+    with caplog.at_level(logging.WARNING):
+        for rows in (2, 2, 2, 4, 2, 2, 2):  # bigger buffers: the shape is bound again
+            inputs = call(rows)
+            np.testing.assert_array_equal(engine.run(inputs, {"key_0": cache})["doubled"], 2 * inputs["x"])
+    assert memory.tried_captures == 1
+    assert memory.captured is None
+    assert memory.launches == memory.alive["graph"] == 0
+    (said,) = [record.message for record in caplog.records if "no CUDA graph" in record.message]
+    assert said.startswith("engine of step: no CUDA graph for (('kv_length', (1,)),")
+    engine.close()
+    gc.collect()
+    assert memory.left_behind() == {}
+    assert len(fake.alive_contexts) == 0
+
+
+def test_a_capture_that_an_error_ends_leaves_the_stream_usable(make_engine) -> None:
+    memory = FakeMemory()
+    engine, fake = make_engine(memory)
+    cache = {"key_0": np.zeros(CACHE, np.float32)}
+    engine.run(call(2), cache)
+
+    def fall_off() -> bool:
+        raise DeviceMemoryError("the device fell off")
+
+    fake.on_run = fall_off
+    with pytest.raises(DeviceMemoryError, match="the device fell off"):
+        engine.run(call(2), cache)
+    fake.on_run = lambda: True
+    assert memory.captured is None
+    assert memory.alive["graph"] == 0
+    for seed in range(3):
+        inputs = call(2, seed=seed)
+        np.testing.assert_array_equal(engine.run(inputs, cache)["doubled"], 2 * inputs["x"])
+
+
+def test_a_context_that_cannot_be_captured_is_not_captured(make_engine, caplog) -> None:
+    memory = FakeMemory()
+    engine, _ = make_engine(memory)
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr("fake_tensorrt.FakeContext.is_stream_capturable", lambda self, stream: False, raising=False)
+        for seed in range(3):
+            engine.run(call(2, seed=seed), {"key_0": np.zeros(CACHE, np.float32)})
+    assert memory.tried_captures == 0
+    assert "TensorRT says that it cannot be captured" in caplog.text
+
+
+def test_an_error_is_that_of_this_call_and_not_of_an_earlier_one(make_engine) -> None:
+    memory = FakeMemory()
+    engine, fake = make_engine(memory)
+    log = tensorrt_log("tensorrt")
+    log.logger.log(1, "something else broke long ago")
+    fake.on_run = lambda: False
+    with pytest.raises(EngineError, match=r"the run failed \(it gave no reason\)"):
+        engine.run(call(2), {"key_0": np.zeros(CACHE, np.float32)})
+
+    def complain() -> bool:
+        log.logger.log(1, "out of\n resources")
+        return False
+
+    fake.on_run = complain
+    with pytest.raises(EngineError, match=r"the run failed \(out of resources\)"):
+        engine.run(call(2), {"key_0": np.zeros(CACHE, np.float32)})
+
+
+def test_a_log_keeps_what_is_said_inside_a_capture_only() -> None:
+    log = TensorRTLog("tensorrt")
+    log.add(1, "before")
+    with log.capture() as outer:
+        log.add(3, "note")
+        with log.capture() as inner:
+            log.add(1, "inside")
+        log.add(2, "behind")
+    log.add(1, "after")
+    assert inner.messages == [(1, "inside")]
+    assert outer.messages == [(3, "note"), (1, "inside"), (2, "behind")]
+    assert outer.first_error() == "inside"
 
 
 def test_a_shape_without_a_profile_is_refused_with_those_there_are(make_engine) -> None:
@@ -146,21 +307,21 @@ def test_wrong_inputs_are_refused_by_name(make_engine) -> None:
         engine.run(call(2), {"key_0": np.zeros((*CACHE[:3], 6), np.float32)[..., ::2]})
 
 
-def test_an_engine_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    package = fake_tensorrt(None, ((3, "loading"), (1, "The engine plan file is\n not compatible")))
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt", package)
-    tensorrt_engine.tensorrt_log.cache_clear()
+def test_an_engine_that_does_not_load_says_why(install) -> None:
+    messages = ((3, "loading"), (1, "The engine plan file is\n not compatible"))
+    install(fake_tensorrt(lambda data: None, messages))
+    memory = FakeMemory("sm87")
     with pytest.raises(
         EngineError, match=r"cannot load it on sm87 \(The engine plan file is not compatible\); build it"
     ):
-        TensorRTEngine(b"plan", graph="step", package="tensorrt", memory=FakeMemory("sm87"))
-    tensorrt_engine.tensorrt_log.cache_clear()
+        TensorRTEngine(b"plan", graph="step", package="tensorrt", memory=memory)
+    assert memory.left_behind() == {}
 
 
 def test_unknown_and_missing_packages_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineError, match="unknown TensorRT package 'trt'; choose one of tensorrt, tensorrt_rtx"):
         load_tensorrt("trt")
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(EngineError, match="tensorrt_rtx does not load here"):
         load_tensorrt("tensorrt_rtx")
 
@@ -180,7 +341,13 @@ def test_a_real_engine_reaches_the_driver(tmp_path: Path) -> None:
         TensorRTEngine.load(bundle, ACTION_ADAPTER, package="tensorrt_rtx", memory=FakeMemory("sm120"))
     with pytest.raises(EngineError, match=r"tensorrt_rtx .* cannot load it on sm89 \(.*CUDA.*\); build it again"):
         TensorRTEngine.load(bundle, ACTION_ADAPTER, package="tensorrt_rtx", memory=FakeMemory("sm89"))
-    path = folder / bundle.manifest.engines[0].file
+    entry = bundle.manifest.engines[0]
+    wrong = OutputParity(output="tokens", measure="max_abs", error=0.5, bound=0.01, within=False, shape="its shape")
+    parity = EngineParity(within=False, reference="onnxruntime", shapes=1, outputs=(wrong,))
+    failed = msgspec.structs.replace(bundle.manifest, engines=(msgspec.structs.replace(entry, parity=parity),))
+    with pytest.raises(EngineError, match=r"the graph does \(tokens max_abs 0.5 > 0.01 at its shape\); build it again"):
+        TensorRTEngine.load(Bundle(folder, failed), ACTION_ADAPTER, package="tensorrt_rtx", memory=FakeMemory("sm89"))
+    path = folder / entry.file
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(BundleError, match="is corrupt"):
         TensorRTEngine.load(bundle, ACTION_ADAPTER, package="tensorrt_rtx", memory=FakeMemory("sm89"))

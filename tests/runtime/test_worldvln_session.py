@@ -148,7 +148,8 @@ def test_any_prompt_flies(policy, frames, prompt: str):
 
 def test_nothing_is_computed_twice_and_nothing_in_vain(policy, frames):
     schedule, config = policy.tables.schedule, policy.config
-    session = policy.new_session(PROMPT, seed=1)
+    fresh = WorldVLNPolicy(policy.manifest, policy.engines, policy.tokenizer)  # no text of an earlier flight
+    session = fresh.new_session(PROMPT, seed=1)
     fly(session, frames, (1, 4, 8))
     text = policy.encode_text(PROMPT, "").shape[1]
     observed = [schedule.last_step(c, s).tokens for c in (0, 1, 2) for s in schedule.scales_referred_to(c)]
@@ -206,8 +207,8 @@ class _BrokenHead:
     def __init__(self, engine):
         self.engine, self.is_broken = engine, False
 
-    def run(self, inputs, in_place=None):
-        outputs = self.engine.run(inputs, in_place)
+    def run(self, inputs, in_place=None, *, fetch=None):
+        outputs = self.engine.run(inputs, in_place, fetch=fetch)
         return {name: value * np.nan for name, value in outputs.items()} if self.is_broken else outputs
 
 
@@ -237,11 +238,11 @@ class _FailsOnce:
         self.engine, self.failing_call, self.after_work = engine, failing_call, after_work
         self.calls = 0
 
-    def run(self, inputs, in_place=None):
+    def run(self, inputs, in_place=None, *, fetch=None):
         self.calls += 1
         if self.calls == self.failing_call and not self.after_work:
             raise DeviceLostError("device lost")
-        outputs = self.engine.run(inputs, in_place)
+        outputs = self.engine.run(inputs, in_place, fetch=fetch)
         if self.calls == self.failing_call:
             raise DeviceLostError("device lost")
         return outputs

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from worldvln_edge import exporter_identity
 from worldvln_edge.bundle import Bundle
 from worldvln_edge.training import bundle_source as module
 from worldvln_edge.training.bundle_source import SOURCE_FILE, ExportFailedError, bundle_source, ensure_bundle
@@ -53,19 +54,12 @@ def test_another_exporter_exports_again(
     checkpoint: Path, exports: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     ensure_bundle(checkpoint, tmp_path / "bundle")
-    room = tmp_path / "room"
-    room.mkdir()
-    (room / "__init__.py").touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(module, "_CODE", ("room",))
+    monkeypatch.setattr(module, "code_sha256", lambda: "ab" * 32)
     ensure_bundle(checkpoint, tmp_path / "bundle")
     assert len(exports) == 2
-    (room / "graph.py").write_text("OPSET = 25\n")
+    monkeypatch.setattr(exporter_identity.metadata, "version", lambda name: "99")
     ensure_bundle(checkpoint, tmp_path / "bundle")
     assert len(exports) == 3
-    monkeypatch.setattr(module.metadata, "version", lambda name: "99")
-    ensure_bundle(checkpoint, tmp_path / "bundle")
-    assert len(exports) == 4
 
 
 def test_a_bundle_that_is_broken_or_was_put_there_by_others_is_exported_again(
@@ -87,7 +81,7 @@ def test_the_code_that_exports_is_part_of_the_source(checkpoint: Path):
     source = bundle_source(checkpoint)
     assert set(source["checkpoint"]) == {path.name for path in checkpoint.iterdir()}
     assert source["packages"]["torch"]
-    assert {"worldvln_edge.export", "worldvln_edge.models"} <= set(module._CODE)
+    assert source["code"] == exporter_identity.code_sha256()
 
 
 def test_an_export_that_fails_is_an_error_and_leaves_no_bundle(tmp_path: Path):

@@ -43,9 +43,9 @@ class SteadyPolicy(NullPolicy):
         self.session = super().new_session(prompt, seed=seed, emit=emit)
         observe = self.session.observe
 
-        def steady(frames):
+        def steady(frames, **options):
             self.seen += [frame.copy() for frame in frames]
-            chunk = observe(frames)
+            chunk = observe(frames, **options)
             actions = np.tile(np.float32([10, 0, 0, 0, 1, 0]), (len(chunk.actions), 1))
             return ActionChunk(segment=chunk.segment, actions=actions, observed_frames=chunk.observed_frames, seed=seed)
 

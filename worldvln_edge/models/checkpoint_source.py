@@ -23,7 +23,7 @@ from worldvln_edge.models.released import open_world_model
 from worldvln_edge.models.released_action import open_rgb_checkpoint, read_combined_checkpoint
 from worldvln_edge.models.released_text import HF_TOKENIZER_FILE, open_text_encoder
 from worldvln_edge.models.released_vae import complete_vae, open_vae_tensors, with_action_decoder
-from worldvln_edge.models.stored_tensors import StoredTensors, TensorInfo, holds_shards, open_safetensors
+from worldvln_edge.models.stored_tensors import FileTensors, TensorInfo, holds_shards, open_safetensors
 from worldvln_edge.models.worldvln import (
     CONFIG_FILE,
     STATS_FILE,
@@ -35,13 +35,32 @@ from worldvln_edge.models.worldvln import (
 )
 from worldvln_edge.presets import preset as named_preset
 
-__all__ = ["CheckpointSource", "TensorInfo", "load_source", "open_any", "open_checkpoint", "open_released"]
+__all__ = [
+    "CheckpointChangedError",
+    "CheckpointSource",
+    "ReleasedParts",
+    "TensorInfo",
+    "load_source",
+    "open_any",
+    "open_checkpoint",
+    "open_parts",
+    "open_released",
+]
 
 RELEASED_FILE = "released.json"
 OPTIONAL_PARTS = frozenset({"rgb_head"})
 # What "outputs are rad and m" means as statistics.
 IDENTITY_STATS = LabelStats(mean_angles=(0, 0, 0), std_angles=(1, 1, 1), mean_t=(0, 0, 0), std_t=(1, 1, 1))
+EXAMPLE_PARTS = (
+    '{"preset": "worldvln-8b", "backbone": "gpt-folder-or-file", "vae": "vae.pth", "text_encoder": "flan-t5-xl", '
+    '"action_decoder": "stage2.pt"}'
+)
+"""A complete `released.json`, for messages."""
 _HASH_BYTES = 8 << 20
+
+
+class CheckpointChangedError(CheckpointError):
+    """A file of the checkpoint is another than when it was opened, so what was read may be of two checkpoints."""
 
 
 class ReleasedParts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -83,7 +102,7 @@ class CheckpointSource:
         config: ModelConfig,
         stats: HeadStats | None,
         tokenizer_file: Path,
-        tensors: StoredTensors,
+        tensors: FileTensors,
         files: list[tuple[str, Path]],
         missing_parts: frozenset[str] = frozenset(),
     ):
@@ -96,6 +115,7 @@ class CheckpointSource:
         self.missing_parts = missing_parts
         self.files = files
         self._tensors = tensors
+        self._opened = {path: _stamp(path) for _, path in files}
 
     def tensor(self, key: str) -> Tensor:
         """Read one tensor: CPU, dtype as stored, not kept.
@@ -112,6 +132,20 @@ class CheckpointSource:
     def file_of(self, key: str) -> Path:
         """The file that holds a tensor."""
         return self._tensors[key].file
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointChangedError when a file was replaced, written to or deleted since the checkpoint was opened.
+
+        Size, time of the last change and inode are compared, not contents.
+        """
+        for path, opened in self._opened.items():
+            now = _stamp(path)
+            if now != opened:
+                what = "is gone" if now is None else f"was changed ({opened[0] if opened else 0} -> {now[0]} bytes)"
+                raise CheckpointChangedError(
+                    f"{path} {what} since it was opened, so what was read is of no one checkpoint; wait until nothing "
+                    "writes to it (a download, a training run) and start again"
+                )
 
     def fingerprint(self, progress: Callable[[int, int], None] | None = None) -> str:
         """sha256 (hex) over the role and the sha256 of every file that is read, and over the configuration.
@@ -153,32 +187,46 @@ def open_any(path: Path, *, trust_pickle: bool = False) -> CheckpointSource:
     """
     folder = Path(path)
     if (folder / RELEASED_FILE).is_file():
-        file = folder / RELEASED_FILE
-        parts = _read_parts(file)
-        config = named_preset(parts.preset) if parts.preset is not None else parts.config
-        assert config is not None  # `_read_parts` wants one of the two
-
-        def place(name: str | None) -> Path | None:
-            return None if name is None else folder / name
-
-        return open_released(
-            backbone=folder / parts.backbone,
-            vae=place(parts.vae),
-            text_encoder=folder / parts.text_encoder,
-            action_decoder=folder / parts.action_decoder,
-            tokenizer=place(parts.tokenizer),
-            preset=config,
-            rgb_head=place(parts.rgb_head),
-            rgb_run_config=place(parts.rgb_run_config),
-            trust_pickle=trust_pickle,
-        )
+        return open_parts(_read_parts(folder / RELEASED_FILE), folder, trust_pickle=trust_pickle)
     if folder.is_dir() and not (folder / CONFIG_FILE).is_file() and not (folder / TENSOR_FILE).is_file():
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise CheckpointError(
             f"{folder} is no checkpoint: expected {CONFIG_FILE} and {TENSOR_FILE}, or {RELEASED_FILE}; found {found}. "
-            "Name the released parts one by one, or write them into released.json"
+            f"Name released parts by --backbone, --vae, --text, --action and --preset, or in {RELEASED_FILE}, such as "
+            f"{EXAMPLE_PARTS}"
         )
     return open_checkpoint(folder)
+
+
+def open_parts(parts: ReleasedParts, folder: Path, *, trust_pickle: bool = False) -> CheckpointSource:
+    """Open released files by the description of a `released.json`.
+
+    Args:
+        parts: names either a preset or a configuration.
+        folder: what the paths are relative to.
+        trust_pickle: see `open_released`.
+
+    Raises:
+        CheckpointError, ConfigError: see `open_released`.
+    """
+    preset = parts.preset if parts.preset is not None else parts.config
+    if preset is None:
+        raise CheckpointError("released parts need either preset (a name) or config (the configuration itself)")
+
+    def place(name: str | None) -> Path | None:
+        return None if name is None else folder / name
+
+    return open_released(
+        backbone=folder / parts.backbone,
+        vae=place(parts.vae),
+        text_encoder=folder / parts.text_encoder,
+        action_decoder=folder / parts.action_decoder,
+        tokenizer=place(parts.tokenizer),
+        preset=preset,
+        rgb_head=place(parts.rgb_head),
+        rgb_run_config=place(parts.rgb_run_config),
+        trust_pickle=trust_pickle,
+    )
 
 
 def open_checkpoint(folder: Path) -> CheckpointSource:
@@ -246,7 +294,7 @@ def open_released(
     """
     config = named_preset(preset) if isinstance(preset, str) else preset
     expected = _layout(config)
-    parts: dict[str, StoredTensors] = {}
+    parts: dict[str, FileTensors] = {}
     parts["text_encoder.t5."] = open_text_encoder(text_encoder, config.text_encoder, trust_pickle=trust_pickle)
     parts["world_model."] = open_world_model(backbone, config.world_model, trust_pickle=trust_pickle)
     combined = read_combined_checkpoint(action_decoder, trust_pickle=trust_pickle)
@@ -307,6 +355,15 @@ def load_source(source: CheckpointSource) -> Checkpoint:
     )
 
 
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Size, time of the last change in ns, inode; None: no such file."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
 def _layout(config: ModelConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
         return WorldVLN(config).state_dict()
@@ -316,7 +373,7 @@ def _below(expected: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {key[len(prefix) :]: value for key, value in expected.items() if key.startswith(prefix)}
 
 
-def _open_base_vae(backbone: Path, vae: Path | None, trust_pickle: bool) -> tuple[StoredTensors, str]:
+def _open_base_vae(backbone: Path, vae: Path | None, trust_pickle: bool) -> tuple[FileTensors, str]:
     own = backbone / "vae"
     has_own = backbone.is_dir() and holds_shards(own)
     if vae is None and not has_own:
@@ -346,7 +403,9 @@ def _read_parts(file: Path) -> ReleasedParts:
     try:
         parts = msgspec.json.decode(file.read_bytes(), type=ReleasedParts)
     except (msgspec.MsgspecError, UnicodeDecodeError, ConfigError) as error:
-        raise CheckpointError(f"{file}: not a list of released parts ({error})") from error
+        raise CheckpointError(
+            f"{file}: not a list of released parts ({error}); a complete one reads {EXAMPLE_PARTS}"
+        ) from error
     if (parts.preset is None) == (parts.config is None):
         raise CheckpointError(f"{file}: give either preset (a name) or config (the configuration itself)")
     return parts

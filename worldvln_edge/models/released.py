@@ -16,8 +16,8 @@ from torch import Tensor
 from worldvln_edge.config import WorldModelConfig
 from worldvln_edge.models.checkpoint_file import CheckpointError, check_layout
 from worldvln_edge.models.stored_tensors import (
-    StoredTensor,
-    StoredTensors,
+    FileTensor,
+    FileTensors,
     TorchFile,
     holds_shards,
     open_safetensors,
@@ -54,7 +54,7 @@ def load_world_model(
     return model
 
 
-def open_world_model(path: Path, config: WorldModelConfig, *, trust_pickle: bool = False) -> StoredTensors:
+def open_world_model(path: Path, config: WorldModelConfig, *, trust_pickle: bool = False) -> FileTensors:
     """Exactly the tensors of `WorldModel(config).state_dict()`, in its order, unread, with every tolerance applied.
 
     Tolerances: `cfg_uncond` with more or fewer rows, leftover keys of training, no `sos_token` (zeros), aliases.
@@ -78,14 +78,14 @@ def open_world_model(path: Path, config: WorldModelConfig, *, trust_pickle: bool
         )
     if "sos_token" not in tensors:
         shape = tuple(expected["sos_token"].shape)
-        tensors["sos_token"] = StoredTensor(
+        tensors["sos_token"] = FileTensor(
             shape=shape, dtype=torch.float32, file=path, key="sos_token", load=partial(torch.zeros, shape)
         )
     check_layout(expected, tensors, f"{path} (world model)")
     return {key: tensors[key] for key in expected}
 
 
-def _open_container(path: Path, trust_pickle: bool) -> StoredTensors:
+def _open_container(path: Path, trust_pickle: bool) -> FileTensors:
     if not path.exists():
         raise CheckpointError(f"no weights at {path}; give a folder of shards, a .safetensors file or a torch file")
     if path.is_dir():
@@ -106,7 +106,7 @@ def _open_container(path: Path, trust_pickle: bool) -> StoredTensors:
     return file.tensors("trainer", "gpt_fsdp")
 
 
-def _fit_rows(learned: StoredTensor, config: WorldModelConfig) -> Tensor:
+def _fit_rows(learned: FileTensor, config: WorldModelConfig) -> Tensor:
     rows = learned.load()[: config.text_max_tokens]
     return torch.cat((rows, initial_cfg_uncond(config)[rows.shape[0] :].to(rows.dtype)))
 

@@ -23,7 +23,7 @@ from worldvln_edge.models.checkpoint_file import (
     load_strictly,
     without_module_prefix,
 )
-from worldvln_edge.models.stored_tensors import StoredTensor, StoredTensors, TorchFile, read_all
+from worldvln_edge.models.stored_tensors import FileTensor, FileTensors, TorchFile, read_all
 
 _STATS_FIELDS = ("mean_angles", "std_angles", "mean_t", "std_t")
 _VAE_DEFAULTS = {
@@ -43,9 +43,9 @@ class CombinedCheckpoint:
     """Contents of a combined (Stage 2) checkpoint; tensors are unread, optimiser states are left out."""
 
     path: Path
-    tsformer: StoredTensors
-    adapter: StoredTensors
-    vae: StoredTensors
+    tsformer: FileTensors
+    adapter: FileTensors
+    vae: FileTensors
     """Decoder tensors to put over the base VAE (`released_vae.with_action_decoder`); may be empty."""
     label_stats: LabelStats | None
     label_stats_source: str
@@ -106,9 +106,7 @@ def load_latent_head(head: LatentActionHead, checkpoint: CombinedCheckpoint) -> 
         load_strictly(module, read_all(stored), f"{checkpoint.path}: {name}")
 
 
-def open_rgb_checkpoint(
-    path: Path, run_config: Path, *, trust_pickle: bool = False
-) -> tuple[StoredTensors, LabelStats]:
+def open_rgb_checkpoint(path: Path, run_config: Path, *, trust_pickle: bool = False) -> tuple[FileTensors, LabelStats]:
     """The RGB head's TimesFormer, unread, and its statistics.
 
     Args:
@@ -130,7 +128,7 @@ def open_rgb_checkpoint(
     return tensors, parse_label_stats(stats, f"{run_config}: label_stats")
 
 
-def load_rgb_head(head: RgbActionHead, tensors: Mapping[str, StoredTensor], where: str) -> None:
+def load_rgb_head(head: RgbActionHead, tensors: Mapping[str, FileTensor], where: str) -> None:
     """Copy the TimesFormer, strictly. Raises CheckpointError: keys or shapes differ from the configuration."""
     check_layout(head.tsformer.state_dict(), tensors, f"{where}: TimesFormer")
     load_strictly(head.tsformer, read_all(tensors), f"{where}: TimesFormer")
@@ -160,7 +158,7 @@ def parse_label_stats(value: Any, where: str) -> LabelStats:
     return msgspec.convert(fields, LabelStats)
 
 
-def _first_dict(file: TorchFile, what: str, keys: tuple[str, ...]) -> StoredTensors:
+def _first_dict(file: TorchFile, what: str, keys: tuple[str, ...]) -> FileTensors:
     for key in keys:
         if file.content.get(key) is not None:
             return without_module_prefix(file.tensors(key))

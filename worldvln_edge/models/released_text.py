@@ -12,7 +12,7 @@ import torch
 
 from worldvln_edge.config import TextEncoderConfig
 from worldvln_edge.models.checkpoint_file import CheckpointError, check_layout
-from worldvln_edge.models.stored_tensors import StoredTensors, TorchFile, open_safetensors, open_shards
+from worldvln_edge.models.stored_tensors import FileTensors, TorchFile, open_safetensors, open_shards
 from worldvln_edge.models.text_encoder import TextEncoder
 
 HF_CONFIG_FILE, HF_TOKENIZER_FILE = "config.json", "tokenizer.json"
@@ -31,7 +31,7 @@ _FIELDS = {
 }
 
 
-def open_text_encoder(path: Path, config: TextEncoderConfig, *, trust_pickle: bool = False) -> StoredTensors:
+def open_text_encoder(path: Path, config: TextEncoderConfig, *, trust_pickle: bool = False) -> FileTensors:
     """Exactly the tensors of `TextEncoder(config).t5.state_dict()`, in its order, unread.
 
     The token table may stand under either of its two names; a full T5's decoder and output head are left out.

@@ -23,8 +23,8 @@ from worldvln_edge.models.checkpoint_file import (
     without_module_prefix,
 )
 from worldvln_edge.models.stored_tensors import (
-    StoredTensor,
-    StoredTensors,
+    FileTensor,
+    FileTensors,
     TorchFile,
     holds_shards,
     open_safetensors,
@@ -48,7 +48,7 @@ def read_vae_tensors(path: Path, *, trust_pickle: bool = False) -> TensorDict:
     return read_all(open_vae_tensors(path, trust_pickle=trust_pickle))
 
 
-def open_vae_tensors(path: Path, *, trust_pickle: bool = False) -> StoredTensors:
+def open_vae_tensors(path: Path, *, trust_pickle: bool = False) -> FileTensors:
     """The VAE's state dict as its container holds it, unread.
 
     Args:
@@ -82,7 +82,7 @@ def open_vae_tensors(path: Path, *, trust_pickle: bool = False) -> StoredTensors
     raise CheckpointError(f"{path}: no entry 'vae' and no VAE state dict (found {found}); give the VAE's own file")
 
 
-def complete_vae(expected: Mapping[str, Shaped], stored: StoredTensors, where: str) -> StoredTensors:
+def complete_vae(expected: Mapping[str, Shaped], stored: FileTensors, where: str) -> FileTensors:
     """Exactly the tensors of `VideoVAE.state_dict()`, in its order, unread; `proj_*_two` may be absent (zeros).
 
     Raises:
@@ -92,9 +92,7 @@ def complete_vae(expected: Mapping[str, Shaped], stored: StoredTensors, where: s
     for key in sorted(expected.keys() - known.keys()):
         shape = tuple(expected[key].shape)
         file = next(iter(known.values())).file
-        known[key] = StoredTensor(
-            shape=shape, dtype=torch.float32, file=file, key=key, load=partial(torch.zeros, shape)
-        )
+        known[key] = FileTensor(shape=shape, dtype=torch.float32, file=file, key=key, load=partial(torch.zeros, shape))
     return {key: known[key] for key in expected}
 
 
@@ -149,7 +147,7 @@ def select_decoder_tensors(
     return used
 
 
-def with_action_decoder(base: StoredTensors, part: StoredTensors, where: str) -> StoredTensors:
+def with_action_decoder(base: FileTensors, part: FileTensors, where: str) -> FileTensors:
     """One VAE that encodes as `base` and decodes as the combined checkpoint's part; unread.
 
     Encoder and decoder share `scale_learnable_parameters[0]`: the encoder multiplies by it, the decoder divides by it
@@ -198,9 +196,7 @@ def vae_for_actions(base: VideoVAE, part: Mapping[str, Tensor], where: str) -> V
     return vae
 
 
-def _folded_projection(
-    projection: StoredTensor, base_scale: StoredTensor, own_scale: StoredTensor, where: str
-) -> Tensor:
+def _folded_projection(projection: FileTensor, base_scale: FileTensor, own_scale: FileTensor, where: str) -> Tensor:
     weight = projection.load()
     base, own = float(base_scale.read().float()[0]), float(own_scale.read().float()[0])
     if base == own:

@@ -1,6 +1,6 @@
 """Tensors in files, found without reading them: safetensors, shard folders with or without index, torch files.
 
-A `StoredTensor` knows its shape, dtype and place and is read when asked. A container is a plain dictionary of them, so
+A `FileTensor` knows its shape, dtype and place and is read when asked. A container is a plain dictionary of them, so
 renaming, leaving out, aliasing and laying one file over another are dictionary operations, and memory is bounded by
 the tensors that the caller holds.
 Source: spec/world_model.md 8 (indices, bare shards, aliases); spec/video_vae.md 10.
@@ -50,7 +50,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredTensor(TensorInfo):
+class FileTensor(TensorInfo):
     """A tensor that lies in a file, or is made from tensors that do."""
 
     file: Path
@@ -69,15 +69,15 @@ class StoredTensor(TensorInfo):
         return tensor
 
 
-StoredTensors = dict[str, StoredTensor]
+FileTensors = dict[str, FileTensor]
 
 
-def read_all(tensors: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
-    """Every tensor in memory. Raises CheckpointError: see `StoredTensor.read`."""
+def read_all(tensors: Mapping[str, FileTensor]) -> dict[str, Tensor]:
+    """Every tensor in memory. Raises CheckpointError: see `FileTensor.read`."""
     return {key: tensor.read() for key, tensor in tensors.items()}
 
 
-def open_shards(folder: Path, *, trust_pickle: bool = False) -> StoredTensors:
+def open_shards(folder: Path, *, trust_pickle: bool = False) -> FileTensors:
     """Tensors of a folder: safetensors with an index, all `*.safetensors`, torch shards with an index, or one `.bin`.
 
     Aliases (text entries `alias -> stored key` of the index's or a shard's metadata) are filled in.
@@ -117,18 +117,18 @@ def holds_shards(folder: Path) -> bool:
     return folder.is_dir() and (any(folder.glob("*.safetensors")) or any(folder.glob(_INDEX_PATTERN)))
 
 
-def open_safetensors(path: Path) -> StoredTensors:
+def open_safetensors(path: Path) -> FileTensors:
     """Tensors of one file, aliases filled in. Raises CheckpointError: missing, truncated or not safetensors."""
     tensors, metadata = open_safetensors_with_metadata(path)
     return _with_aliases(tensors, metadata)
 
 
-def open_safetensors_with_metadata(path: Path) -> tuple[StoredTensors, dict[str, str]]:
+def open_safetensors_with_metadata(path: Path) -> tuple[FileTensors, dict[str, str]]:
     """Tensors of one file and its metadata. Raises CheckpointError: missing, truncated or not safetensors."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    tensors: StoredTensors = {}
+    tensors: FileTensors = {}
     try:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (no mapping)
@@ -136,7 +136,7 @@ def open_safetensors_with_metadata(path: Path) -> tuple[StoredTensors, dict[str,
                 name = view.get_dtype()
                 if name not in _DTYPES:
                     raise CheckpointError(f"{path}: {key} has dtype {name}, which is not supported; convert the file")
-                tensors[key] = StoredTensor(
+                tensors[key] = FileTensor(
                     shape=tuple(view.get_shape()),
                     dtype=_DTYPES[name],
                     file=path,
@@ -172,7 +172,7 @@ class TorchFile:
             self._mapped = read_torch_file(self.path, trust_pickle=self._trust_pickle)
         return self._mapped
 
-    def tensors(self, *entry: str) -> StoredTensors:
+    def tensors(self, *entry: str) -> FileTensors:
         """The state dict below nested keys, or the object itself.
 
         Raises:
@@ -190,7 +190,7 @@ class TorchFile:
                 "file of the part that is asked for"
             )
         return {
-            key: StoredTensor(
+            key: FileTensor(
                 shape=tuple(value.shape),
                 dtype=value.dtype,
                 file=self.path,
@@ -269,9 +269,9 @@ def _read_index(index: Path) -> tuple[dict[Path, list[str]], dict[str, str]]:
 def _indexed(
     keys_of: dict[Path, list[str]],
     metadata: dict[str, Any],
-    open_shard: Callable[[Path], tuple[StoredTensors, dict[str, str]]],
-) -> StoredTensors:
-    tensors: StoredTensors = {}
+    open_shard: Callable[[Path], tuple[FileTensors, dict[str, str]]],
+) -> FileTensors:
+    tensors: FileTensors = {}
     for shard, keys in keys_of.items():
         present, own_metadata = open_shard(shard)
         metadata = own_metadata | metadata
@@ -281,8 +281,8 @@ def _indexed(
     return _with_aliases(tensors, metadata)
 
 
-def _bare(shards: list[Path]) -> StoredTensors:
-    tensors: StoredTensors = {}
+def _bare(shards: list[Path]) -> FileTensors:
+    tensors: FileTensors = {}
     metadata: dict[str, str] = {}
     for shard in shards:
         present, own_metadata = open_safetensors_with_metadata(shard)
@@ -296,7 +296,7 @@ def _bare(shards: list[Path]) -> StoredTensors:
     return _with_aliases(tensors, metadata)
 
 
-def _with_aliases(tensors: StoredTensors, metadata: Mapping[str, Any]) -> StoredTensors:
+def _with_aliases(tensors: FileTensors, metadata: Mapping[str, Any]) -> FileTensors:
     for alias, stored in metadata.items():
         if alias != "format" and alias not in tensors and isinstance(stored, str) and stored in tensors:
             tensors[alias] = tensors[stored]

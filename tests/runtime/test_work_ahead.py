@@ -1,0 +1,148 @@
+"""What can be done before a segment is due is done while nobody waits, and nobody waits for it."""
+
+import asyncio
+import threading
+import time
+
+import numpy as np
+
+from worldvln_edge.protocol import Observe, Start
+from worldvln_edge.runtime.device_queue import Ticket
+from worldvln_edge.runtime.null_policy import NullPolicy, NullSession
+from worldvln_edge.runtime.session_manager import SessionManager
+
+PIXELS = np.zeros((4, 4, 3), np.uint8).tobytes()
+
+
+class AheadSession(NullSession):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.ahead_of: list[int] = []
+        self.fails = False
+
+    def work_ahead(self) -> None:
+        self.ahead_of.append(self.emitted + 1)
+        if self.fails:
+            raise RuntimeError("device lost")
+
+
+class AheadPolicy(NullPolicy):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.opened: list[AheadSession] = []
+
+    def new_session(self, prompt, *, seed=0, negative_prompt="", emit="ahead"):
+        self.opened.append(AheadSession(self, prompt, seed=seed, emit=emit))
+        return self.opened[-1]
+
+
+def observe(first: int, count: int, session: str = "s") -> Observe:
+    return Observe(id=first, session=session, first=first, frames=[PIXELS] * count, fmt="rgb8", w=4, h=4)
+
+
+async def settled(manager: SessionManager) -> None:
+    while manager._ahead:
+        await asyncio.sleep(0.005)
+
+
+def test_work_is_done_after_the_start_and_after_every_segment_but_the_last():
+    policy = AheadPolicy()
+
+    async def fly() -> None:
+        manager = SessionManager(policy)
+        await manager.start("", Start(id=1, session="s", prompt="go"))
+        await settled(manager)
+        for first, count in ((1, 1), (2, 16), (18, 16)):
+            await manager.observe("", observe(first, count))
+            await settled(manager)
+        manager.close()
+
+    asyncio.run(fly())
+    assert policy.opened[0].ahead_of == [0, 1, 2]
+
+
+def test_frames_that_emit_nothing_start_no_work():
+    policy = AheadPolicy()
+
+    async def fly() -> None:
+        manager = SessionManager(policy)
+        await manager.start("", Start(id=1, session="s", prompt="go"))
+        await settled(manager)
+        await manager.observe("", observe(1, 1))
+        await settled(manager)
+        await manager.observe("", observe(2, 3))
+        await settled(manager)
+        manager.close()
+
+    asyncio.run(fly())
+    assert policy.opened[0].ahead_of == [0, 1]
+
+
+def test_request_does_not_wait_behind_work_that_waits_for_an_idle_device():
+    policy = AheadPolicy()
+
+    async def fly() -> float:
+        manager = SessionManager(policy)
+        await manager.start("", Start(id=1, session="s", prompt="go"))
+        await settled(manager)
+        block = threading.Event()
+        busy = asyncio.create_task(manager._device.run(block.wait, priority=0.0, ticket=Ticket()))
+        await asyncio.sleep(0.02)
+        manager._work_ahead_later(manager._table.find(("", "s")))
+        await asyncio.sleep(0.02)  # it waits for the device, and holds the session's turn
+        request = asyncio.create_task(manager.observe("", observe(1, 1)))
+        await asyncio.sleep(0.02)
+        block.set()
+        started = time.perf_counter()
+        answer = await request
+        assert answer.seg == 0
+        await busy
+        await settled(manager)
+        manager.close()
+        return time.perf_counter() - started
+
+    asyncio.run(fly())
+    assert policy.opened[0].ahead_of == [0, 1]  # the cancelled work for segment 0 never ran
+
+
+def test_work_that_fails_is_logged_and_the_flight_goes_on(caplog):
+    policy = AheadPolicy()
+
+    async def fly() -> list[int]:
+        manager = SessionManager(policy)
+        await manager.start("", Start(id=1, session="s", prompt="go"))
+        await settled(manager)
+        policy.opened[0].fails = True
+        segments = []
+        for first, count in ((1, 1), (2, 16), (18, 16)):
+            segments.append((await manager.observe("", observe(first, count))).seg)
+            await settled(manager)
+        manager.close()
+        return segments
+
+    assert asyncio.run(fly()) == [0, 1, 2]
+    assert "device lost" in caplog.text
+
+
+def test_session_that_ended_is_not_worked_on():
+    policy = AheadPolicy()
+
+    async def fly() -> None:
+        manager = SessionManager(policy)
+        await manager.start("", Start(id=1, session="s", prompt="go"))
+        await manager.end("", "s", 2)
+        await settled(manager)
+        manager.close()
+
+    asyncio.run(fly())
+    assert policy.opened[0].ahead_of == []
+
+
+def test_closing_the_manager_leaves_no_work_behind():
+    async def fly() -> None:
+        manager = SessionManager(AheadPolicy())
+        await manager.start("", Start(id=1, session="s", prompt="go"))
+        manager.close()
+        await settled(manager)
+
+    asyncio.run(fly())
