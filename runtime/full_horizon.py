@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from worldvln_edge.action_windows import context_frame, segment_actions
+from worldvln_edge.action_windows import context_frame
 from worldvln_edge.images import transform
 from worldvln_edge.runtime import graphs
 from worldvln_edge.runtime.engine import Tensor
@@ -128,15 +128,7 @@ class FullHorizonFlight:
             adapter = engines[graphs.ACTION_ADAPTER]
             tokens = np.concatenate([adapter.run({"features": part})["tokens"] for part in features])
             seen = tokens[context_frame(observed, head.left_context) - 1 : following]
-            logits = engines[graphs.ACTION_HEAD].run({"tokens": seen})["logits"]
-            return segment_actions(
-                logits,
-                self._policy.manifest.latent_head_stats,
-                observed_frames=observed,
-                next_observed_frames=following,
-                left_context=head.left_context,
-                window=head.latent_head.window,
-            )
+            return self._policy.actions(seen, observed, following)
 
     @contextmanager
     def _timed(self, stage: str):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from worldvln_edge.action_windows import segment_actions
 from worldvln_edge.bundle import TOKENIZER_FILE, Bundle, Manifest
 from worldvln_edge.config import ConfigError
 from worldvln_edge.generation_profile import EXACT, GenerationProfile, built_in_profiles
@@ -124,6 +125,23 @@ class WorldVLNPolicy:
             capacity=self.manifest.kv_capacity,
             head_dim=model.head_dim,
             dtype=self.input_dtype(graphs.WORLD_MODEL_STEP, "past_key_0"),
+        )
+
+    def actions(self, tokens_FND: np.ndarray, observed_frames: int, next_observed_frames: int) -> np.ndarray:
+        """Actions of a segment: float32 [N, 6], cm and deg.
+
+        Args:
+            tokens_FND: of its frames and the context frames in front of them, in the action head's dtype.
+            observed_frames, next_observed_frames: where the segment starts and ends.
+        """
+        head = self.config.action_decoder
+        return segment_actions(
+            self.engines[graphs.ACTION_HEAD].run({"tokens": tokens_FND})["logits"],
+            self.manifest.latent_head_stats,
+            observed_frames=observed_frames,
+            next_observed_frames=next_observed_frames,
+            left_context=head.left_context,
+            window=head.latent_head.window,
         )
 
     def input_dtype(self, graph: str, name: str) -> np.dtype:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from worldvln_edge.action_windows import segment_actions
 from worldvln_edge.images import check_rgb, transform
 from worldvln_edge.runtime import graphs
 from worldvln_edge.runtime.engine import Tensor
@@ -235,16 +234,7 @@ class WorldVLNSession:
             features = self._decoder.peek(np.concatenate([clip.codes for clip in generated], axis=1))
         with self._timed("action_decoder"):
             tokens = np.concatenate([self._context_tokens, self._adapter(features)])
-            logits = self._policy.engines[graphs.ACTION_HEAD].run({"tokens": tokens})["logits"]
-            head = self._config.action_decoder
-            actions = segment_actions(
-                logits,
-                self._policy.manifest.latent_head_stats,
-                observed_frames=observed,
-                next_observed_frames=following,
-                left_context=head.left_context,
-                window=head.latent_head.window,
-            )
+            actions = self._policy.actions(tokens, observed, following)
         timings, self._timings_ms = self._timings_ms, {}
         if not np.isfinite(actions).all():
             raise NonFiniteActionsError(f"segment {segment}: the action decoder gave NaN or infinity")
