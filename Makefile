@@ -8,7 +8,7 @@ SHELL := bash
 
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := cpu,serve,export,tensorrt-rtx,train,sim,dev
+EXTRAS := cpu,serve,otel,export,tensorrt-rtx,train,sim,dev
 # Options for every `pip install`, for instance another package index.
 PIP_ARGS ?=
 # The first interpreter that starts and is new enough; a version manager's shim may be there and not start.
@@ -17,6 +17,7 @@ PYTHON ?= $(shell for candidate in python3.11 python3.12 python3.13 python3; do 
 	done; true)
 CHECKPOINT ?= worldvln_edge/checkpoints/nano
 BENCH_ARGS ?=
+PROFILES_ARGS ?=
 TEST_PROCESSES ?= 2
 
 # May we install Debian packages without being asked for a password?
@@ -30,10 +31,23 @@ define apt_install
 	"$${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(1) >/dev/null
 endef
 
-.PHONY: help setup demo test test-slow bench bench-schedule bench-gpu bench-export lint clean
+# The bundle is kept as long as neither the checkpoint nor the exporter changes; files are compared, not their dates.
+define ensure_bundle
+	$(BIN)/python -c 'import sys; from pathlib import Path; from worldvln_edge.training.bundle_source import \
+		ensure_bundle; ensure_bundle(Path(sys.argv[1]), Path(sys.argv[2]))' $(1) $(2)
+endef
+
+# Random weights: nothing but the schedule is measured with it.
+define ensure_narrow_bundle
+	[ -e runs/bench/narrow/checkpoint ] || $(BIN)/worldvln-edge make-checkpoint --preset narrow --random 0 \
+		--out runs/bench/narrow/checkpoint
+	$(call ensure_bundle,runs/bench/narrow/checkpoint,runs/bench/narrow/bundle)
+endef
+
+.PHONY: help setup demo test test-slow bench bench-schedule profiles profiles-schedule bench-gpu bench-export bench-serve lint clean
 
 help: ## Show this list.
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 demo: setup $(VENV)/.rendering ## Export the committed checkpoint, serve it, fly held-out tasks; writes runs/demo/.
 	$(BIN)/worldvln-edge demo
@@ -45,19 +59,21 @@ test: setup $(VENV)/.rendering ## Run the tests (not the slow, GPU and ROS ones)
 test-slow: setup $(VENV)/.rendering ## Run the slow tests.
 	$(BIN)/python -m pytest -m "slow and not gpu and not ros" -rsx --durations=5
 
-# The bundle is kept as long as neither the checkpoint nor the exporter changes; files are compared, not their dates.
 bench: setup $(CHECKPOINT)/model.safetensors ## Time the committed checkpoint on this machine, stage by stage.
-	$(BIN)/python -c 'import sys; from pathlib import Path; from worldvln_edge.training.bundle_source import \
-		ensure_bundle; ensure_bundle(Path(sys.argv[1]), Path(sys.argv[2]))' $(CHECKPOINT) runs/bench/bundle
+	$(call ensure_bundle,$(CHECKPOINT),runs/bench/bundle)
 	$(BIN)/worldvln-edge bench runs/bench/bundle $(BENCH_ARGS)
 
-# The bundle of `narrow` is made from random weights: nothing but the schedule is measured with it.
 bench-schedule: setup ## The exact schedule against the research server's, at the released scales (16 GB of memory, minutes).
-	[ -e runs/bench/narrow/checkpoint ] || $(BIN)/worldvln-edge make-checkpoint --preset narrow --random 0 \
-		--out runs/bench/narrow/checkpoint
-	$(BIN)/python -c 'import sys; from pathlib import Path; from worldvln_edge.training.bundle_source import \
-		ensure_bundle; ensure_bundle(Path(sys.argv[1]), Path(sys.argv[2]))' runs/bench/narrow/checkpoint runs/bench/narrow/bundle
+	$(ensure_narrow_bundle)
 	$(BIN)/worldvln-edge bench runs/bench/narrow/bundle --against full-horizon $(BENCH_ARGS)
+
+profiles: setup $(VENV)/.rendering $(CHECKPOINT)/model.safetensors ## What the generation profiles of the committed checkpoint save and cost (15 minutes).
+	$(call ensure_bundle,$(CHECKPOINT),runs/bench/bundle)
+	$(BIN)/worldvln-edge profiles runs/bench/bundle --threads 1 --markdown runs/bench/profiles.md $(PROFILES_ARGS)
+
+profiles-schedule: setup $(VENV)/.rendering ## What they save at the released scales, on random weights (10 minutes).
+	$(ensure_narrow_bundle)
+	$(BIN)/worldvln-edge profiles runs/bench/narrow/bundle --threads 1 --flights 2 --tasks 0 $(PROFILES_ARGS)
 
 # Asks for the GPU first, because checkpoint and bundle take 42 GB and half an hour.
 bench-gpu: setup ## Time every graph at the released 8B width on a GPU, random weights (VENV=.venv-gpu EXTRAS=gpu,export).
@@ -72,6 +88,9 @@ bench-gpu: setup ## Time every graph at the released 8B width on a GPU, random w
 
 bench-export: setup ## Measure exports at the released sizes, on random weights (45 GB of disk, about 20 minutes).
 	$(BIN)/worldvln-edge bench-export --work runs/bench-export
+
+bench-serve: setup ## Time the server itself under load, without a model (4 minutes).
+	$(BIN)/worldvln-edge bench-serve $(BENCH_ARGS)
 
 # mypy and import-linter follow the mapped rooms only in an installed wheel, so that is what they read. Both run inside
 # build/lint, which hides the repository's own folders; build/ starts empty, or the wheel would hold deleted files.

@@ -11,6 +11,7 @@ from worldvln_edge.presets import PRESET_NAMES
 
 if TYPE_CHECKING:
     from worldvln_edge.export.inspect_report import InspectReport
+    from worldvln_edge.runtime.session_memory import SessionMemory
 
 _NOTE = (
     "Roofline seconds are an estimate, not a measurement: the sum over graph calls of max(operations / dense peak\n"
@@ -90,11 +91,26 @@ def render(report: InspectReport) -> str:
                 f"  weights and session    {_bytes(memory.total)}",
             ]
         ),
+        _bound_table(memory.session_at_most),
         _segment_table(report),
         _roofline_table(report),
         _NOTE,
     ]
     return "\n\n".join(sections)
+
+
+def _bound_table(bound: SessionMemory) -> str:
+    rows = [
+        ("keys and values", bound.keys_and_values),
+        ("VAE states", bound.vae_states),
+        ("observed clips", bound.clips),
+        ("frames and latents", bound.frames),
+        ("draws", bound.draws),
+        ("prediction", bound.prediction),
+        ("together", bound.total),
+    ]
+    title = "One session on a server, at most (the longest prompt, changed on the way; buffers are shared)"
+    return f"{title}\n{_columns([(name, _bytes(size)) for name, size in rows])}"
 
 
 def _graph_table(report: InspectReport) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from worldvln_edge.bundle import BundleError, Manifest, TensorSpec
 from worldvln_edge.config import ConfigError, ModelConfig
@@ -26,6 +25,7 @@ from worldvln_edge.export.inspect_bundle import (
 from worldvln_edge.export.parameter_counts import PRECISIONS, graph_parameters, network_parameters
 from worldvln_edge.export.segment_costs import FlightCosts, GraphWeights, SegmentCost, roofline_seconds
 from worldvln_edge.runtime import graphs
+from worldvln_edge.runtime.session_memory import SessionMemory, SessionSizes, session_memory
 
 _PROMPT_TOKENS = 32  # a sentence or two, as in spec/world_model.md 9.3
 _STRUCT = {"frozen": True, "kw_only": True}
@@ -53,6 +53,8 @@ class MemoryReport(msgspec.Struct, **_STRUCT):
     vae_decoder_state: int
     activation_peak: int
     """Estimate: the widest call of the minimal schedule."""
+    session_at_most: SessionMemory
+    """What one session may come to hold on a server, whatever it is sent; the cache's buffers are shared."""
 
     @property
     def session(self) -> int:
@@ -136,8 +138,6 @@ def inspect_bundle(folder: Path, *, devices: Sequence[Device], text_tokens: int 
     missing = {call.graph for call in _flight(model, text_tokens)[0][0].calls} - structures.keys()
     if missing:
         raise BundleError(f"{folder} has no graph {', '.join(sorted(missing))}; export the bundle again")
-    cache_bytes = _cache_itemsize(manifest)
-    state_bytes = {stem: _state_bytes(manifest, stem) for stem in (graphs.VAE_ENCODER, graphs.VAE_DECODER)}
     return _report(
         model,
         name=manifest.model.name,
@@ -150,8 +150,7 @@ def inspect_bundle(folder: Path, *, devices: Sequence[Device], text_tokens: int 
         by_precision={},
         weight_bytes=sum(tensor.size_bytes for tensor in stored),
         weights=weights,
-        cache_itemsize=cache_bytes,
-        state_bytes=state_bytes,
+        sizes=SessionSizes.of_bundle(manifest),
         devices=devices,
     )
 
@@ -203,8 +202,13 @@ def inspect_config(
         by_precision=sizes,
         weight_bytes=sum(count.size_bytes(precision) for count in networks.values()),
         weights=weights,
-        cache_itemsize=itemsize,
-        state_bytes={s: itemsize * model.state_elements(s) for s in (graphs.VAE_ENCODER, graphs.VAE_DECODER)},
+        sizes=SessionSizes(
+            guidance_rows=rows,
+            kv_itemsize=itemsize,
+            token_itemsize=itemsize,
+            encoder_state_bytes=itemsize * model.state_elements(graphs.VAE_ENCODER),
+            decoder_state_bytes=itemsize * model.state_elements(graphs.VAE_DECODER),
+        ),
         devices=devices,
     )
 
@@ -222,20 +226,20 @@ def _report(
     by_precision: dict[str, int],
     weight_bytes: int,
     weights: Mapping[str, GraphWeights],
-    cache_itemsize: int,
-    state_bytes: Mapping[str, int],
+    sizes: SessionSizes,
     devices: Sequence[Device],
 ) -> InspectReport:
     flight = FlightCosts(model, text_tokens)
     segments = _flight(model, text_tokens)
-    per_entry = model.kv_elements_per_entry * cache_itemsize
+    per_entry = model.kv_elements_per_entry * sizes.kv_itemsize
     memory = MemoryReport(
         weights=weight_bytes,
         kv_buffers=kv_capacity * per_entry,
         kv_stored=flight.stored_entries() * per_entry,
-        vae_encoder_state=state_bytes[graphs.VAE_ENCODER],
-        vae_decoder_state=state_bytes[graphs.VAE_DECODER],
+        vae_encoder_state=sizes.encoder_state_bytes,
+        vae_decoder_state=sizes.decoder_state_bytes,
         activation_peak=max(flight.activation_peak(minimal.calls, weights) for minimal, _ in segments),
+        session_at_most=session_memory(model.config, sizes),
     )
     return InspectReport(
         name=name,
@@ -302,19 +306,3 @@ def _graph_report(manifest: Manifest, structure: GraphStructure) -> GraphReport:
         inputs=entry.inputs,
         outputs=entry.outputs,
     )
-
-
-def _cache_itemsize(manifest: Manifest) -> int:
-    past = f"past_{graphs.cache_stems(1)[0]}"
-    entry = manifest.graphs[graphs.WORLD_MODEL_STEP]
-    return next((_itemsize(spec.dtype) for spec in entry.inputs if spec.name == past), 4)
-
-
-def _state_bytes(manifest: Manifest, stem: str) -> int:
-    entry = manifest.graphs[graphs.first_or_next(stem, False)]
-    states = [spec for spec in entry.inputs if spec.name.startswith("state_")]
-    return sum(_itemsize(spec.dtype) * int(np.prod([int(size) for size in spec.shape])) for spec in states)
-
-
-def _itemsize(dtype: str) -> int:
-    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize

@@ -21,7 +21,7 @@ from worldvln_edge.bundle import Bundle, GraphEntry, Manifest
 from worldvln_edge.export.optimisation_profiles import ProfileError, graph_profiles
 from worldvln_edge.runtime import graphs
 from worldvln_edge.runtime.engine import OnnxEngine
-from worldvln_edge.runtime.world_model import ScaleTables
+from worldvln_edge.runtime.scale_tables import ScaleTables
 from worldvln_edge.scale_schedule import ScaleStep
 
 Shape = tuple[int, ...]

@@ -42,7 +42,7 @@ class AccessRule:
     """
 
     def __init__(self, *, keys: Sequence[str] = (), origins: Sequence[str] = ()):
-        self._keys = [key.encode() for key in keys]
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
         self._origins = frozenset(origin.rstrip("/").lower() for origin in origins)
 
     def peer(self, headers: Mapping[str, str]) -> str:
@@ -62,9 +62,26 @@ class AccessRule:
         scheme, _, shown = headers.get("authorization", "").partition(" ")
         if scheme.lower() not in ("api-key", "bearer") or not shown.strip():
             raise ProtocolError("unauthorized", "a key is needed: send Authorization: Api-Key <key>")
-        given = shown.strip().encode("utf-8", "surrogateescape")
-        # Every key is compared, so the time tells neither which one matched nor how far.
-        matches = [hmac.compare_digest(key, given) for key in self._keys]
+        return self.peer_of_key(shown.strip())
+
+    def peer_of_key(self, key: str | None) -> str:
+        """As `peer`, for transports whose clients show the key in a message.
+
+        Raises:
+            ProtocolError: `unauthorized` (key missing or wrong).
+        """
+        if not self._keys:
+            return ""
+        if not key:
+            raise ProtocolError("unauthorized", "a key is needed: hello carries it as `key`")
+        given = hashlib.sha256(key.encode("utf-8", "surrogateescape"))
+        # Every key is compared, as digests of one length: the time tells neither which one matched, nor how far, nor
+        # how long it is.
+        matches = [hmac.compare_digest(known, given.digest()) for known in self._keys]
         if not any(matches):
             raise ProtocolError("unauthorized", "the key is wrong")
-        return hashlib.sha256(given).hexdigest()
+        return given.hexdigest()
+
+    @property
+    def asks_for_keys(self) -> bool:
+        return bool(self._keys)

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from worldvln_edge.runtime.bench_flight import BenchConfig, SegmentTiming, fly_segments
+from worldvln_edge.runtime.bench_device import why_not_measurable
+from worldvln_edge.runtime.bench_flight import BenchConfig, SegmentTiming, fly_segments, synthetic_frames
 from worldvln_edge.runtime.bench_report import BenchReport, Quantiles, SegmentReport, StepRate, Work, quantiles
 from worldvln_edge.runtime.energy import find_energy_meter
+from worldvln_edge.runtime.engine import EngineError
 from worldvln_edge.runtime.engine_meter import Readings, StepReading
 from worldvln_edge.runtime.machine_peak import measure_peak
 from worldvln_edge.runtime.process_memory import resident_bytes
-from worldvln_edge.runtime.worldvln_policy import load_policy
+from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy, load_policy
 
 
 def bench_bundle(
@@ -32,14 +34,18 @@ def bench_bundle(
 
     Raises:
         BundleError: missing or corrupt bundle.
-        EngineError: a graph does not load here.
+        EngineError: a graph does not load here, or the best matrix product of its device is not measurable.
         NonFiniteActionsError: the model gave NaN.
     """
     config = config or BenchConfig()
     start = time.perf_counter()
-    policy = load_policy(bundle_folder, threads=config.threads)
+    policy = load_policy(bundle_folder, backend=config.backend, threads=config.threads)
     load_s = time.perf_counter() - start
+    device = policy.info.device
+    if device != "cpu" and (reason := why_not_measurable(device)) is not None:
+        raise EngineError(f"a bench compares with the device's best matrix product, which is not measurable: {reason}")
     timings: list[SegmentTiming] = []
+    fit = quantiles([_fit_ms(policy, frame) for frame in synthetic_frames(config.frame_hw, 16, config.seed)])
     energy = find_energy_meter()
     flown = fly_segments(policy, config)
     for _ in range(config.warm_up_segments):
@@ -52,7 +58,8 @@ def bench_bundle(
         on_segment()
     joules = energy.stop() / config.segments if energy is not None else None
     rss, peak_rss = resident_bytes("VmRSS"), resident_bytes("VmHWM")  # before the arrays of the measured peak are there
-    peak = measure_peak(threads=config.threads, seconds=config.peak_seconds)
+    size = 2048 if device == "cpu" else 8192  # large enough to fill the device
+    peak = measure_peak(threads=config.threads, size=size, seconds=config.peak_seconds, device=device)
     steps = [step for timing in timings for step in timing.readings.steps]
     step_flops = _rate(steps)
     info = policy.info
@@ -74,6 +81,7 @@ def bench_bundle(
         ),
         load_s=load_s,
         actions_per_segment=info.horizon.step,
+        fit_ms=fit,
         segment=quantiles([timing.total_ms for timing in timings]),
         host=quantiles([timing.host_ms for timing in timings]),
         stages=_stages(timings),
@@ -92,6 +100,12 @@ def bench_bundle(
         energy_j_per_segment=joules,
         energy_source=energy.source if energy is not None else None,
     )
+
+
+def _fit_ms(policy: WorldVLNPolicy, frame: np.ndarray) -> float:
+    start = time.perf_counter()
+    policy.fit_frame(frame)
+    return (time.perf_counter() - start) * 1e3
 
 
 def _segment_report(segment: int, timings: list[SegmentTiming]) -> SegmentReport:

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from worldvln_edge.runtime.backend_option import backend_option
+
 if TYPE_CHECKING:
     import msgspec
 
+    from worldvln_edge.runtime.backends import BackendName
     from worldvln_edge.runtime.bench_flight import BenchConfig
     from worldvln_edge.runtime.bench_plot import Bar
     from worldvln_edge.runtime.bench_table import Part
@@ -48,6 +51,7 @@ def parse_frame_size(text: str) -> tuple[int, int]:
     show_default=True,
     help="cuda: every graph alone on the GPU, at the shapes of the last segment.",
 )
+@backend_option
 @click.option("--threads", type=click.IntRange(min=0), default=0, show_default=True, help="CPU threads; 0: all cores.")
 @click.option(
     "--frame-size",
@@ -68,6 +72,7 @@ def bench_command(
     against: str | None,
     episodes: int,
     device: str,
+    backend: BackendName,
     threads: int,
     frame_hw: tuple[int, int],
     seed: int,
@@ -91,7 +96,7 @@ def bench_command(
 
     if device != "cpu" and against is not None:
         raise click.UsageError("--against flies on the CPU; leave out --device cuda")
-    config = BenchConfig(segments=segments, threads=threads, frame_hw=frame_hw, seed=seed)
+    config = BenchConfig(segments=segments, backend=backend, threads=threads, frame_hw=frame_hw, seed=seed)
     if device != "cpu":
         report, parts, bars, is_right = _on_device(bundle, device)
     elif against is not None:

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from worldvln_edge.runtime.bench_flight import BenchConfig, synthetic_frames
-from worldvln_edge.runtime.full_horizon import FullHorizonFlight
+from worldvln_edge.runtime.full_horizon import PREVIEW_GRAPHS, PREVIEWS, FullHorizonFlight
 from worldvln_edge.runtime.schedule_agreement import SegmentAgreement, compare_segments
 from worldvln_edge.runtime.text_cache import TextCache
 from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy, load_policy
@@ -38,6 +38,8 @@ class ScheduleTimes(msgspec.Struct, frozen=True, kw_only=True):
     """Of every segment."""
     ahead_ms: list[float]
     """Behind every segment; zeros for the full horizon."""
+    previews_ms: float
+    """Per episode, of what is decoded to be looked at only; 0 for the exact schedule."""
     token_steps: int
     """Per episode and guidance row."""
     calls: int
@@ -57,6 +59,8 @@ class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True):
     full_horizon: ScheduleTimes
     ratio: float
     """Episode over episode, end to end."""
+    ratio_without_previews: float
+    """The same, if the research server's previews had been switched off."""
     waited_ratio: float
     token_step_ratio: float
     largest_action_difference: float
@@ -110,8 +114,9 @@ def compare_with_full_horizon(
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, found {episodes}")
     config = config or BenchConfig()
-    policy = load_policy(bundle_folder, threads=config.threads)
+    policy = load_policy(bundle_folder, backend=config.backend, threads=config.threads, side_graphs=PREVIEW_GRAPHS)
     frames = synthetic_frames(config.frame_hw, policy.info.horizon.points[-2], config.seed)
+    frames = [policy.fit_frame(frame) for frame in frames]  # as a server's decoding threads do
     # Engines allocate in their first calls, which no episode should pay for.
     policy.new_session(config.prompt, seed=config.seed).observe(frames[:1])
     exact, full = [], []
@@ -140,6 +145,7 @@ def compare_with_full_horizon(
         exact=ours,
         full_horizon=theirs,
         ratio=theirs.episode_ms / ours.episode_ms,
+        ratio_without_previews=(theirs.episode_ms - theirs.previews_ms) / ours.episode_ms,
         waited_ratio=theirs.waited_ms / ours.waited_ms,
         token_step_ratio=theirs.token_steps / ours.token_steps,
         largest_action_difference=largest,
@@ -166,7 +172,7 @@ def _fly_full_horizon(policy: WorldVLNPolicy, frames: list[np.ndarray], prompt: 
 
 
 def _fly(
-    policy: WorldVLNPolicy, observe: Callable, work_ahead: Callable[[], None] | None, frames: list[np.ndarray]
+    policy: WorldVLNPolicy, observe: Callable, work_ahead: Callable[[], object] | None, frames: list[np.ndarray]
 ) -> _Episode:
     episode, observed = _Episode(), 0
     for point in policy.info.horizon.points[:-1]:
@@ -198,6 +204,7 @@ def _times(episodes: list[_Episode]) -> ScheduleTimes:
         segments_ms=np.median(segments, axis=0).tolist(),
         stages_ms=stages,
         ahead_ms=np.median(ahead, axis=0).tolist(),
+        previews_ms=float(np.median([sum(s.get(PREVIEWS, 0.0) for s in e.stages_ms) for e in episodes])),
         token_steps=episodes[0].token_steps,
         calls=episodes[0].calls,
     )

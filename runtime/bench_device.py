@@ -22,7 +22,7 @@ from worldvln_edge.bundle import Bundle, Manifest
 from worldvln_edge.runtime import graphs
 from worldvln_edge.runtime.engine import EngineError
 from worldvln_edge.runtime.machine_peak import MachinePeak, matmul_run, measure_peak
-from worldvln_edge.runtime.world_model import ScaleTables
+from worldvln_edge.runtime.scale_tables import ScaleTables
 from worldvln_edge.world_model_flops import context_macs, step_macs
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}

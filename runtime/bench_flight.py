@@ -1,8 +1,9 @@
 """Flights for benchmarks: whole trajectories on synthetic frames, every segment timed and its work counted.
 
-What is timed is `PolicySession.observe` alone: camera, JPEG and network are not in it. What a server does while the
-actions are flown (`work_ahead`) is done here too, after every segment, and timed apart. Every flight has a new
-instruction as far as caches go: its first segment encodes the text.
+What is timed is `PolicySession.observe` alone: camera, JPEG, network, and fitting frames to the model's size, which a
+server does on its decoding threads, are not in it. What a server does while the actions are flown (`work_ahead`) is
+done here too, after every segment, and timed apart. Every flight has a new instruction as far as caches go: its first
+segment encodes the text.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from worldvln_edge.runtime.backends import BackendName
 from worldvln_edge.runtime.engine_meter import EngineMeter, Readings
 from worldvln_edge.runtime.text_cache import TextCache
 from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy
@@ -26,6 +28,7 @@ class BenchConfig:
     warm_up_segments: int = 3  # flown before, not timed: they allocate memory and fill caches
     frame_hw: tuple[int, int] = (480, 640)  # of the camera, before the policy scales it
     prompt: str = "move forward 5 meters"
+    backend: BackendName = "cpu"  # what runs the graphs
     threads: int = 0  # CPU threads per engine call; 0: all cores
     seed: int = 0
     peak_seconds: float = 1.0  # to spend on the machine's best product, and on its best copy
@@ -60,7 +63,7 @@ def fly_segments(policy: WorldVLNPolicy, config: BenchConfig) -> Iterator[Segmen
     """Fly whole trajectories one after the other until warm-up and timed segments are done."""
     meter = EngineMeter.around(policy)
     points = policy.info.horizon.points
-    frames = synthetic_frames(config.frame_hw, points[-2], config.seed)
+    frames = [policy.fit_frame(frame) for frame in synthetic_frames(config.frame_hw, points[-2], config.seed)]
     left = config.warm_up_segments + config.segments
     while left:
         policy.texts = TextCache()

@@ -76,6 +76,8 @@ class BenchReport(msgspec.Struct, frozen=True, kw_only=True):
     load_s: float
     """Hash every file, and load all graphs of a flight."""
     actions_per_segment: int
+    fit_ms: Quantiles
+    """One camera frame to the model's size, on a decoding thread; not part of a segment."""
     segment: Quantiles
     """One `observe` call, from its frames to its actions, over all segments."""
     host: Quantiles

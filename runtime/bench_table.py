@@ -143,6 +143,13 @@ def comparison_parts(report: ComparisonReport) -> list[Part]:
                 f"{report.ratio:.2f}",
                 f"{sum(exact.ahead_ms):.1f}",
             ),
+            (
+                "without previews",
+                f"{full.episode_ms - full.previews_ms:.1f}",
+                f"{exact.episode_ms:.1f}",
+                f"{report.ratio_without_previews:.2f}",
+                "",
+            ),
             ("token-steps", f"{full.token_steps:,}", f"{exact.token_steps:,}", f"{report.token_step_ratio:.2f}", ""),
             ("calls", str(full.calls), str(exact.calls), f"{full.calls / exact.calls:.2f}", ""),
         ),
@@ -220,11 +227,10 @@ def _title(report: BenchReport | ComparisonReport) -> str:
 
 def _facts(report: BenchReport) -> list[str]:
     share, peak = report.host.p50_ms / report.segment.p50_ms, report.peak
-    preprocess_ms = report.stages["preprocess"].p50_ms
     facts = [
         f"seconds per segment   {report.segment.p50_ms / 1e3:.3f} ({report.actions_per_segment} actions)",
-        f"outside engines       {report.host.p50_ms:.1f} ms a segment, {share:.1%}, "
-        f"{preprocess_ms:.1f} ms of it to resize camera frames",
+        f"outside engines       {report.host.p50_ms:.1f} ms a segment, {share:.1%}",
+        f"camera frame          {report.fit_ms.p50_ms:.1f} ms to fit it to the model, on decoding threads",
         f"bundle                {report.bundle_bytes / 1e6:.1f} MB, loaded in {report.load_s:.2f} s; "
         f"graphs and weights {report.weight_bytes / 1e6:.1f} MB",
         f"keys and values       {report.kv_bytes / 1e6:.2f} MB a session, "
@@ -234,9 +240,10 @@ def _facts(report: BenchReport) -> list[str]:
         facts.append(
             f"memory (RSS)          {report.rss_bytes / 1e6:.0f} MB, peak {report.peak_rss_bytes / 1e6:.0f} MB"
         )
+    copies = f", copies {peak.copy_bytes / 1e9:.1f} GB/s" if peak.copy_bytes else ""  # not measured on a GPU
     facts.append(
         f"machine's peak        {peak.matmul_flops / 1e9:.1f} GFLOP/s ({peak.matmul_dtype} product of "
-        f"{peak.matmul_size}x{peak.matmul_size}), copies {peak.copy_bytes / 1e9:.1f} GB/s"
+        f"{peak.matmul_size}x{peak.matmul_size}){copies}"
     )
     if report.energy_j_per_segment is not None:
         facts.append(f"energy                {report.energy_j_per_segment:.1f} J a segment ({report.energy_source})")

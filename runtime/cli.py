@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+from worldvln_edge.runtime.backend_option import backend_option
+from worldvln_edge.runtime.profile_options import also_option, own_profiles_option
+from worldvln_edge.runtime.zmq_option import zmq_config, zmq_options
+
+if TYPE_CHECKING:
+    from worldvln_edge.runtime.backends import BackendName
+    from worldvln_edge.runtime.server_log import LogFormat
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -24,66 +34,212 @@ def parse_address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def _read_address(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, int] | None:
+    return None if value is None else parse_address(value)
+
+
 @click.command("serve")
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
     "--ws",
-    "address",
     metavar="HOST:PORT",
-    default="127.0.0.1:8001",
-    show_default=True,
-    callback=lambda context, parameter, value: parse_address(value),
-    help="Listen here (WebSocket and HTTP); port 0 takes a free one.",
+    callback=_read_address,
+    show_default="127.0.0.1:8001",
+    help="WebSocket (native and openpi), and HTTP unless --http says where; port 0 takes a free one.",
 )
+@click.option(
+    "--http",
+    metavar="HOST:PORT",
+    callback=_read_address,
+    show_default="as --ws",
+    help="HTTP API, and WebSocket unless --ws says where.",
+)
+@click.option(
+    "--reset-on-one-frame/--no-reset-on-one-frame",
+    default=True,
+    show_default=True,
+    help="HTTP API: a prompt with exactly one image starts its session afresh, as the research service does.",
+)
+@zmq_options
 @click.option(
     "--key-file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="API keys, one a line; clients send one of them.",
 )
+@click.option(
+    "--tls-cert",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Certificate of this server (PEM): HTTP and WebSocket are encrypted; https:// and wss:// only.",
+)
+@click.option(
+    "--tls-key",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Its private key (PEM, mode 0600).",
+)
+@click.option(
+    "--max-requests-per-s",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default="no limit",
+    help="Of one key, or of one address where no keys are used; beyond it clients hear `busy`.",
+)
 @click.option("--allow-remote", is_flag=True, help="Listen beyond this machine without a key.")
+@backend_option
 @click.option("--threads", type=click.IntRange(min=0), default=0, show_default=True, help="CPU threads; 0: all cores.")
+@click.option(
+    "--session-memory-mb",
+    type=click.FloatRange(min=0),
+    show_default="half of the available memory",
+    help="That all sessions together may hold; one that would not fit is refused.",
+)
 @click.option(
     "--profile",
     default="exact",
     show_default=True,
     help="Generation profile: exact, balanced, fast or one of --profiles.",
 )
+@own_profiles_option
+@also_option
 @click.option(
-    "--profiles",
-    "profile_file",
+    "--envelope",
+    "envelope_file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="JSON file with profiles of your own (docs/runtime.md).",
+    help="JSON file with the limits of what may be flown (docs/operations.md); beyond them the answer is a hold.",
+)
+@click.option(
+    "--journal",
+    "journal_folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep sessions in this folder until they end: after a crash, clients resume where they were.",
+)
+@click.option(
+    "--journal-mb",
+    type=click.FloatRange(min=1),
+    default=2000.0,
+    show_default=True,
+    help="Of all journals together; beyond it, the one that was not written for the longest time goes.",
+)
+@click.option(
+    "--speculate",
+    is_flag=True,
+    help="Generate the next segment while one is flown, and take it if the frames come as predicted.",
+)
+@click.option(
+    "--speculate-threshold",
+    type=click.FloatRange(0, 1),
+    default=0.9,
+    show_default=True,
+    help="Share of the frames' bit labels that must come as predicted.",
+)
+@click.option(
+    "--otel",
+    is_flag=True,
+    help="Send a trace of every answer to an OpenTelemetry collector, which OTEL_EXPORTER_OTLP_ENDPOINT names.",
+)
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="warning",
+    show_default=True,
+    help="info logs every segment and refusal.",
 )
 def serve_command(
     bundle: Path,
-    address: tuple[str, int],
+    ws: tuple[str, int] | None,
+    http: tuple[str, int] | None,
+    zmq_endpoints: tuple[str, ...],
+    zmq_key_file: Path | None,
+    zmq_clients: Path | None,
+    zmq_ipc_mode: int,
+    reset_on_one_frame: bool,
     key_file: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    max_requests_per_s: float,
     allow_remote: bool,
+    backend: BackendName,
     threads: int,
+    session_memory_mb: float | None,
     profile: str,
     profile_file: Path | None,
+    envelope_file: Path | None,
+    journal_folder: Path | None,
+    journal_mb: float,
+    also: tuple[Path, ...],
+    speculate: bool,
+    speculate_threshold: float,
+    otel: bool,
+    log_format: LogFormat,
+    log_level: str,
 ) -> None:
     """Serve BUNDLE to drones, simulators and ROS bridges until SIGTERM.
 
+    The HTTP API, the native WebSocket and openpi's protocol share one port unless --ws and --http differ.
+
     Example: worldvln-edge serve bundle/ --ws 0.0.0.0:8001 --key-file keys.txt
+
+    Example: worldvln-edge serve bundle/ --ws 0.0.0.0:8001 --key-file keys.txt --tls-cert cert.pem --tls-key key.pem
+
+    Example: worldvln-edge serve bundle/ --zmq ipc:///run/worldvln/session.sock --ws 127.0.0.1:8001
     """
     # Imported here so that `worldvln-edge serve --help` needs neither the server nor the engines.
     from worldvln_edge.generation_profile import read_profiles
+    from worldvln_edge.protocol import Limits
     from worldvln_edge.runtime.access import read_key_file
-    from worldvln_edge.runtime.server import check_address, serve
+    from worldvln_edge.runtime.envelope import read_envelope
+    from worldvln_edge.runtime.listen_address import check_address
+    from worldvln_edge.runtime.server import DEFAULT_HOST, DEFAULT_PORT, serve
+    from worldvln_edge.runtime.server_log import configure_log
+    from worldvln_edge.runtime.session_journal import SessionJournal
+    from worldvln_edge.runtime.speculation import SpeculationConfig
+    from worldvln_edge.runtime.tls import context_of_options
+    from worldvln_edge.runtime.tracing import open_tracing
     from worldvln_edge.runtime.worldvln_policy import load_policy
+    from worldvln_edge.runtime.zmq_config import check_endpoints
 
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    host, port = address
+    logging.getLogger("worldvln_edge.runtime.backends").setLevel(logging.INFO)  # says what was chosen, and why
     keys = read_key_file(key_file) if key_file is not None else ()
-    check_address(host, keys=keys, allow_remote=allow_remote)  # before the engines load, which takes a while
+    configure_log(log_format, log_level, secrets=keys)
+    zmq = zmq_config(zmq_endpoints, zmq_key_file, zmq_clients, zmq_ipc_mode)
+    host: str | None
+    host, port = ws or http or ((None, 0) if zmq else (DEFAULT_HOST, DEFAULT_PORT))
+    for address in filter(None, {host, http[0] if http else None}):  # before the engines load, which takes a while
+        check_address(address, keys=keys, allow_remote=allow_remote)
+    tls = context_of_options(tls_cert, tls_key, has_port=host is not None)
+    if zmq is not None:
+        check_endpoints(zmq, has_api_keys=bool(keys), allow_remote=allow_remote)
     profiles = read_profiles(profile_file) if profile_file is not None else None
-    policy = load_policy(bundle, threads=threads, profiles=profiles, profile=profile)
-    serve(
-        policy,
-        host,
-        port,
-        keys=keys,
-        allow_remote=allow_remote,
-        on_ready=lambda url: click.echo(f"{policy.info.name} is ready at {url}", err=True),
-    )
+    envelope = read_envelope(envelope_file) if envelope_file is not None else None
+    journal = None
+    if journal_folder is not None:
+        journal = SessionJournal(journal_folder, max_bytes=round(journal_mb * 1e6), ttl_s=Limits().session_ttl_s)
+    with ExitStack() as until_end:
+        meters = (until_end.enter_context(open_tracing()),) if otel else ()
+        policy = load_policy(
+            bundle,
+            backend=backend,
+            threads=threads,
+            profiles=profiles,
+            profile=profile,
+            speculation=SpeculationConfig(threshold=speculate_threshold) if speculate else None,
+            also=also,
+        )
+        until_end.callback(policy.close)
+        serve(
+            policy,
+            host,
+            port,
+            http_address=http if ws else None,
+            zmq=zmq,
+            tls=tls,
+            resets_on_one_frame=reset_on_one_frame,
+            keys=keys,
+            allow_remote=allow_remote,
+            limits=Limits(max_requests_per_s=max_requests_per_s),
+            session_memory_bytes=None if session_memory_mb is None else round(session_memory_mb * 1e6),
+            envelope=envelope,
+            journal=journal,
+            meters=meters,
+            on_ready=lambda url: click.echo(f"{policy.info.name} is ready at {url}", err=True),
+        )

@@ -31,6 +31,8 @@ class BoundShape:
     """Shapes of the outputs other than caches."""
     shapes: Hashable
     """Of the inputs: what a failed capture is remembered by."""
+    moving: frozenset[str] = frozenset()
+    """Tensors whose address is set anew for every run. A graph would keep the old one, so there is none then."""
     runs: int = 0
     graph: DeviceGraph | None = field(default=None, repr=False)
 
@@ -99,7 +101,8 @@ class CudaGraphCache:
             DeviceMemoryError: the device does not.
         """
         # The first run of a shape is not captured: TensorRT finishes setting up the shape in it.
-        if self._captures and bound.graph is None and bound.runs > 0 and bound.shapes not in self._uncapturable:
+        is_candidate = self._captures and not bound.moving and bound.shapes not in self._uncapturable
+        if is_candidate and bound.graph is None and bound.runs > 0:
             bound.graph = self._capture(bound)
         bound.runs += 1
         if bound.graph is not None:

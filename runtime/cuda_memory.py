@@ -12,7 +12,9 @@ from worldvln_edge.runtime.device_memory import (
     DeviceEvent,
     DeviceGraph,
     DeviceMemoryError,
+    DeviceSpan,
     DeviceStream,
+    Strips,
     check_span,
 )
 
@@ -31,7 +33,8 @@ class CudaMemory:
             self._cuda: Any = importlib.import_module("cuda.bindings.driver")
         except ImportError as error:
             raise DeviceMemoryError(
-                f"cuda-python is not installed ({error}); install it with: pip install 'worldvln-edge[tensorrt]'"
+                f"cuda-python is not installed ({error}); install it with: pip install 'worldvln-edge[tensorrt]' "
+                "(the extra gpu has it, too)"
             ) from error
         try:
             self._call("cuInit", 0)
@@ -70,6 +73,15 @@ class CudaMemory:
         self._call("cuCtxSetCurrent", self._context)
 
     @property
+    def name(self) -> str:
+        return bytes(self._call("cuDeviceGetName", 256, self._device)).split(b"\0")[0].decode(errors="replace")
+
+    @property
+    def free_bytes(self) -> int:
+        self._enter()
+        return int(self._call("cuMemGetInfo"))  # free, total
+
+    @property
     def compute_capability(self) -> str:
         attributes = self._cuda.CUdevice_attribute
         major = attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
@@ -81,15 +93,31 @@ class CudaMemory:
         self._enter()
         return _CudaBuffer(self, self._call("cuMemAlloc", max(1, size_bytes)), size_bytes)
 
-    def copy_in(self, buffer: DeviceBuffer, array: np.ndarray, stream: DeviceStream, offset_bytes: int = 0) -> None:
+    def copy_in(self, buffer: DeviceSpan, array: np.ndarray, stream: DeviceStream, offset_bytes: int = 0) -> None:
         check_span(buffer, array, offset_bytes)
         self._enter()
         self._call("cuMemcpyHtoDAsync", buffer.address + offset_bytes, array.ctypes.data, array.nbytes, stream.handle)
 
-    def copy_out(self, array: np.ndarray, buffer: DeviceBuffer, stream: DeviceStream, offset_bytes: int = 0) -> None:
+    def copy_out(self, array: np.ndarray, buffer: DeviceSpan, stream: DeviceStream, offset_bytes: int = 0) -> None:
         check_span(buffer, array, offset_bytes)
         self._enter()
         self._call("cuMemcpyDtoHAsync", array.ctypes.data, buffer.address + offset_bytes, array.nbytes, stream.handle)
+
+    def copy_strips(
+        self, target: Strips, source: Strips, *, planes: int, rows: int, width_bytes: int, stream: DeviceStream
+    ) -> None:
+        for strips in (target, source):
+            strips.check(planes, rows, width_bytes)
+        # Not cuMemcpy2D, which may refuse pitches that cuMemAllocPitch did not choose.
+        copy = self._cuda.CUDA_MEMCPY3D()
+        copy.srcMemoryType = copy.dstMemoryType = self._cuda.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        copy.srcDevice = self._cuda.CUdeviceptr(source.span.address + source.offset_bytes)
+        copy.srcPitch, copy.srcHeight = source.row_bytes, source.plane_rows
+        copy.dstDevice = self._cuda.CUdeviceptr(target.span.address + target.offset_bytes)
+        copy.dstPitch, copy.dstHeight = target.row_bytes, target.plane_rows
+        copy.WidthInBytes, copy.Height, copy.Depth = width_bytes, rows, planes
+        self._enter()
+        self._call("cuMemcpy3DAsync", copy, stream.handle)
 
     def stream(self) -> DeviceStream:
         self._enter()

@@ -54,6 +54,10 @@ class EngineMeter:
         """Put meters around the engines and the KV memory of a policy; sessions opened from now on are metered."""
         meter = cls()
         policy.engines = {name: _MeteredEngine(policy, name, engine, meter) for name, engine in policy.engines.items()}
+        policy.step_engines = {
+            precision: _MeteredEngine(policy, WORLD_MODEL_STEP, engine, meter)
+            for precision, engine in policy.step_engines.items()
+        }
         policy.workspace.memory = _MeteredKVMemory(policy.workspace.memory, meter)
         return meter
 

@@ -14,13 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from worldvln_edge.runtime.device_memory import DeviceBuffer
+from worldvln_edge.runtime.device_memory import DeviceSpan
+from worldvln_edge.runtime.device_tensor import DeviceTensor
 from worldvln_edge.runtime.engine import EngineError
 from worldvln_edge.runtime.tensorrt_library import tensor_dtype
 
 Shape = tuple[int, ...]
-Caches = Mapping[str, "np.ndarray | DeviceBuffer"]
+Caches = Mapping[str, "np.ndarray | DeviceSpan"]
 """Stem -> cache [B, heads, M, hd], on the host or on the device."""
+Values = Mapping[str, "np.ndarray | DeviceTensor"]
+"""Input name -> array, on the host or on the device."""
 
 
 class EngineShapeError(ValueError):
@@ -66,12 +69,12 @@ class EngineSignature:
         """Does `present_<stem>` live in the memory of `past_<stem>`?"""
         return self._aliases.get(f"present_{stem}") is not None
 
-    def checked(self, inputs: Mapping[str, np.ndarray], caches: Caches) -> dict[str, np.ndarray]:
-        """The inputs as contiguous arrays.
+    def checked(self, inputs: Values, caches: Caches) -> dict[str, np.ndarray | DeviceTensor]:
+        """The inputs, those of the host as contiguous arrays.
 
         Raises:
             EngineShapeError: a cache of another size.
-            EngineError: unknown or missing inputs, another dtype, a cache that cannot be updated in place.
+            EngineError: unknown or missing inputs, another dtype, a cache with gaps.
         """
         given = set(inputs) | {f"past_{stem}" for stem in caches}
         wanted = {tensor.name for tensor in self.tensors.values() if tensor.is_input}
@@ -81,15 +84,15 @@ class EngineSignature:
                 f"engine of {self._graph}: input {differing[0]} is "
                 f"{'missing' if differing[0] in wanted else 'unknown'}; it takes {', '.join(sorted(wanted))}"
             )
-        arrays = {}
-        for name, array in inputs.items():
-            arrays[name] = np.asarray(array, order="C")
-            self._check_dtype(name, arrays[name])
-        for name, shape in self.cache_shapes(arrays, caches).items():
+        values: dict[str, np.ndarray | DeviceTensor] = {}
+        for name, value in inputs.items():
+            values[name] = value if isinstance(value, DeviceTensor) else np.asarray(value, order="C")
+            self._check_dtype(name, values[name])
+        for name, shape in self.cache_shapes(values, caches).items():
             self._check_cache(name.removeprefix("past_"), shape, caches[name.removeprefix("past_")])
-        return arrays
+        return values
 
-    def cache_shapes(self, inputs: Mapping[str, np.ndarray], caches: Caches) -> dict[str, Shape]:
+    def cache_shapes(self, inputs: Values, caches: Caches) -> dict[str, Shape]:
         """Shapes of the caches in a call: of as many guidance rows as its `write_index` has, where that is open."""
         rows = inputs["write_index"].shape[0] if "write_index" in inputs else 1
         return {
@@ -121,7 +124,7 @@ class EngineSignature:
             f"engine of {self._graph}: no profile covers {name} {shapes[name]}; it was built for {known}"
         )
 
-    def _check_cache(self, stem: str, shape: Shape, cache: np.ndarray | DeviceBuffer) -> None:
+    def _check_cache(self, stem: str, shape: Shape, cache: np.ndarray | DeviceSpan) -> None:
         tensor = self.tensors[f"past_{stem}"]
         size = int(np.prod(shape)) * tensor.dtype.itemsize
         found = cache.nbytes if isinstance(cache, np.ndarray) else cache.size_bytes
@@ -135,13 +138,8 @@ class EngineSignature:
             self._check_dtype(f"past_{stem}", cache)
             if not cache.flags.c_contiguous:
                 raise EngineError(f"engine of {self._graph}: cache {stem} has gaps; give a contiguous array")
-        elif not self.is_shared(stem):
-            raise EngineError(
-                f"engine of {self._graph}: present_{stem} does not share the memory of past_{stem} (a portable "
-                "cache), so a device buffer cannot be updated in place; give a host array, or export with --kv inplace"
-            )
 
-    def _check_dtype(self, name: str, array: np.ndarray) -> None:
+    def _check_dtype(self, name: str, array: np.ndarray | DeviceTensor) -> None:
         expected = self.tensors[name].dtype
         is_bfloat16 = expected == np.uint16 and array.dtype.name == "bfloat16"
         if array.dtype != expected and not is_bfloat16:

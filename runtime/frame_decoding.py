@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,6 +21,41 @@ from worldvln_edge.images import (
     decode_image_string,
 )
 from worldvln_edge.protocol import Limits, Observe, ProtocolError
+
+T = TypeVar("T")
+
+
+def image_limits(limits: Limits) -> ImageLimits:
+    """The part of the limits that concerns one image."""
+    return ImageLimits(max_bytes=limits.max_image_bytes, max_pixels=limits.max_pixels, max_side=limits.max_side)
+
+
+def decode_each(
+    items: Iterable[T], decode_one: Callable[[T], np.ndarray], *, room_bytes: int, keep: int | None = None
+) -> list[np.ndarray]:
+    """Decode items one after the other, as long as there is room for the result.
+
+    Args:
+        items: encoded frames.
+        decode_one: gives uint8 RGB [H, W, 3].
+        room_bytes: decoded bytes that the server can still hold.
+        keep: so many are kept; those after them are decoded only to learn whether they can be. None: all.
+
+    Raises:
+        ProtocolError: `overloaded`: no room; and what `decode_one` raises.
+    """
+    frames: list[np.ndarray] = []
+    for item in items:
+        frame = decode_one(item)
+        if keep is not None and len(frames) >= keep:
+            continue
+        room_bytes -= frame.nbytes
+        if room_bytes < 0:
+            raise ProtocolError(
+                "overloaded", "the server's store of undigested frames is full; send fewer at a time", retry_ms=1000
+            )
+        frames.append(frame)
+    return frames
 
 
 def decode_frames(request: Observe, new: slice, limits: Limits, *, room_bytes: int) -> list[np.ndarray]:
@@ -36,35 +73,34 @@ def decode_frames(request: Observe, new: slice, limits: Limits, *, room_bytes: i
     Raises:
         ProtocolError: `bad_image`, `too_large`, `invalid_field` (a frame is neither bytes nor a string), `overloaded`.
     """
-    image_limits = ImageLimits(max_bytes=limits.max_image_bytes, max_pixels=limits.max_pixels, max_side=limits.max_side)
-    frames: list[np.ndarray] = []
-    for index, data in list(enumerate(request.frames, start=request.first))[new]:
+    size_limits = image_limits(limits)
+
+    def decode_one(item: tuple[int, object]) -> np.ndarray:
+        index, data = item
         if not isinstance(data, bytes | str):
             raise ProtocolError(
                 "invalid_field", f"frame {index}: expected bytes or a base64 string, got {type(data).__name__}"
             )
         try:
             if request.fmt == "rgb8":
-                frame = _raw_rgb(data, request.h or 0, request.w or 0, image_limits)
-            elif isinstance(data, str):
-                frame = decode_image_string(data, image_limits)
-            else:
-                frame = decode_image(data, image_limits)
+                return _raw_rgb(data, request.h or 0, request.w or 0, size_limits)
+            return decode_image_string(data, size_limits) if isinstance(data, str) else decode_image(data, size_limits)
         except ImageError as error:
             raise ProtocolError(error.code, f"frame {index}: {error}") from None
-        room_bytes -= frame.nbytes
-        if room_bytes < 0:
-            raise ProtocolError(
-                "overloaded", "the server's store of undigested frames is full; send fewer at a time", retry_ms=1000
-            )
-        frames.append(frame)
-    return frames
+
+    items = list(enumerate(request.frames, start=request.first))[new]
+    return decode_each(items, decode_one, room_bytes=room_bytes)
 
 
-def _raw_rgb(data: bytes | str, height: int, width: int, limits: ImageLimits) -> np.ndarray:
+def check_size(width: int, height: int, limits: ImageLimits) -> None:
+    """Raise ImageError `too_large` for raw pixels of a size that an encoded image may not have either."""
     if width * height > limits.max_pixels or max(width, height) > limits.max_side:
         raise ImageError(f"{width}x{height} pixels; limit {limits.max_pixels}, side {limits.max_side}", "too_large")
     limits.check_aspect(width, height)
+
+
+def _raw_rgb(data: bytes | str, height: int, width: int, limits: ImageLimits) -> np.ndarray:
+    check_size(width, height, limits)
     if isinstance(data, str):
         try:
             data = base64.b64decode(data, validate=True)

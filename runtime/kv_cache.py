@@ -48,14 +48,28 @@ class KVMemory(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class KVShape:
+    """Sizes of a bundle's caches."""
+
+    layers: int
+    rows: int
+    kv_heads: int
+    capacity: int
+    head_dim: int
+    dtype: np.dtype
+
+
 class HostKVMemory:
     """Keys and values in numpy arrays."""
 
-    def __init__(self, *, layers: int, rows: int, kv_heads: int, capacity: int, head_dim: int, dtype: np.dtype):
-        self.array = np.zeros((layers, 2, rows, kv_heads, capacity, head_dim), dtype)
-        self.capacity, self.rows = capacity, rows
+    def __init__(self, shape: KVShape):
+        self.array = np.zeros(
+            (shape.layers, 2, shape.rows, shape.kv_heads, shape.capacity, shape.head_dim), shape.dtype
+        )
+        self.capacity, self.rows = shape.capacity, shape.rows
         each = self.array.reshape(-1, *self.array.shape[2:])
-        self._buffers = {count: [buffer[:count] for buffer in each] for count in range(1, rows + 1)}
+        self._buffers = {count: [buffer[:count] for buffer in each] for count in range(1, shape.rows + 1)}
 
     def buffers(self, rows: int) -> list[np.ndarray]:
         return self._buffers[rows]
@@ -137,6 +151,12 @@ class KVCache:
         self.length = 0
         """Entries that the next step sees."""
 
+    def branch(self) -> KVCache:
+        """A cache that starts with the same stored entries and goes its own way."""
+        other = KVCache(self.workspace)
+        other._stored = dict(self._stored)
+        return other
+
     def holds(self, key: Key, rows: int = 1) -> bool:
         """Are these entries stored, for that many guidance rows?"""
         return key in self._stored and self._stored[key].rows >= rows
@@ -164,6 +184,11 @@ class KVCache:
         """Free stored entries that nobody needs any more."""
         wanted = set(keys)
         self._stored = {key: entry for key, entry in self._stored.items() if key in wanted}
+
+    @property
+    def held(self) -> tuple[Any, ...]:
+        """The data of the stored entries, in the memory where they lie."""
+        return tuple(entry.data for entry in self._stored.values())
 
     @property
     def stored_keys(self) -> tuple[Key, ...]:

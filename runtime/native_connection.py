@@ -48,14 +48,23 @@ class NativeConnection:
 
     Args:
         manager: the sessions.
-        peer: name space of this client's sessions (one per key).
+        admit: the name space of this client's sessions (one per key), from its hello; raises ProtocolError
+            `unauthorized`.
+        address: where the client comes from.
         send: puts a message into the transport's outbox; called on the event loop, also after the transport is gone.
     """
 
-    def __init__(self, manager: SessionManager, *, peer: str, send: Callable[[Answer, Encoding], None]):
-        self._manager, self._peer, self._send = manager, peer, send
+    def __init__(
+        self,
+        manager: SessionManager,
+        *,
+        admit: Callable[[Hello], str],
+        address: str,
+        send: Callable[[Answer, Encoding], None],
+    ):
+        self._manager, self._admit, self._address, self._send = manager, admit, address, send
         self._encoding: Encoding = "msgpack"
-        self._said_hello = False
+        self._peer: str | None = None  # until it said hello
         self._in_flight: dict[int, Ticket] = {}
         self._session_of: dict[int, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -71,14 +80,26 @@ class NativeConnection:
             else:
                 request = decode_request(data, encoding, limits)
         except ProtocolError as error:
+            self._manager.meter.refused(error.code)
             self._send(error.to_message(), encoding)
             return
         try:
+            self._manager.request_rate.take(self._peer or self._address)
             answer = self._handle(request, arrived_s, encoding)
         except ProtocolError as error:
+            self._manager.meter.refused(error.code)
             answer = error.to_message(request.id)
         if answer is not None:
             self._send(answer, encoding)
+
+    @property
+    def said_hello(self) -> bool:
+        return self._peer is not None
+
+    @property
+    def unanswered(self) -> int:
+        """Requests whose answer is still to come."""
+        return len(self._in_flight)
 
     def close(self) -> None:
         """The client is gone: what still waits is dropped, its frames and sessions stay."""
@@ -93,7 +114,7 @@ class NativeConnection:
         """The answer, or None when it will follow."""
         if isinstance(request, Hello):
             return self._welcome(request)
-        if not self._said_hello:
+        if self._peer is None:
             raise ProtocolError("hello_required", "say hello first; the server may have been restarted")
         if isinstance(request, Ping):
             return Pong(
@@ -105,14 +126,14 @@ class NativeConnection:
                 ready=self._manager.is_ready,
             )
         if isinstance(request, Cancel):
-            return self._cancel(request)
-        self._begin(request, arrived_s, encoding)
+            return self._cancel(request, self._peer)
+        self._begin(request, self._peer, arrived_s, encoding)
         return None
 
     def _welcome(self, request: Hello) -> Welcome:
         if PROTOCOL_VERSION not in request.v:
             raise ProtocolError("unsupported_version", f"this server speaks version {PROTOCOL_VERSION}")
-        self._said_hello = True
+        self._peer = self._admit(request)
         info, limits = self._manager.policy.info, self._manager.limits
         return Welcome(
             re=request.id,
@@ -129,16 +150,16 @@ class NativeConnection:
             ready=self._manager.is_ready,
         )
 
-    def _cancel(self, request: Cancel) -> Answer:
+    def _cancel(self, request: Cancel, peer: str) -> Answer:
         name = self._session_of.get(request.target)
         if name is None:
             raise ProtocolError("bad_request", f"no request {request.target} of this connection names a session")
         ticket = self._in_flight.get(request.target)
         if ticket is not None:  # else it was answered in the meantime, which is no error
             ticket.cancel()
-        return self._manager.state(self._peer, name, request.id)
+        return self._manager.state(peer, name, request.id)
 
-    def _begin(self, request: Start | Observe | End, arrived_s: float, encoding: Encoding) -> None:
+    def _begin(self, request: Start | Observe | End, peer: str, arrived_s: float, encoding: Encoding) -> None:
         if request.id in self._in_flight:
             raise ProtocolError("bad_request", f"id {request.id} is still unanswered; count ids up")
         allowed = self._manager.limits.max_in_flight
@@ -150,11 +171,11 @@ class NativeConnection:
         session = new_session_name() if request.session is None else request.session
         if isinstance(request, Start):
             request = msgspec.structs.replace(request, session=session)
-            work = self._manager.start(self._peer, request, ticket=ticket, notify=self.say_bye)
+            work = self._manager.start(peer, request, ticket=ticket, notify=self.say_bye)
         elif isinstance(request, Observe):
-            work = self._manager.observe(self._peer, request, ticket=ticket, notify=self.say_bye, arrived_s=arrived_s)
+            work = self._manager.observe(peer, request, ticket=ticket, notify=self.say_bye, arrived_s=arrived_s)
         else:
-            work = self._manager.end(self._peer, session, request.id)
+            work = self._manager.end(peer, session, request.id)
         self._in_flight[request.id] = ticket
         self._session_of[request.id] = session
         while len(self._session_of) > _REMEMBERED_REQUESTS:

@@ -7,13 +7,16 @@ Source: spec/session_protocol.md 1, 2.6.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from worldvln_edge.config import HorizonConfig
 from worldvln_edge.images import check_rgb
-from worldvln_edge.runtime.policy import ActionChunk, Emit, PolicyInfo
+from worldvln_edge.runtime.available_memory import available_bytes
+from worldvln_edge.runtime.policy import ActionChunk, Emit, PolicyInfo, StoppedError, check_restorable
+
+_PAUSE_S = 0.01
 
 
 class NullPolicy:
@@ -42,23 +45,44 @@ class NullPolicy:
         )
         self.infer_s = infer_s
 
+    session_bytes = 0
+
+    def available_bytes(self) -> int | None:
+        """Of the machine."""
+        return available_bytes()
+
+    def fit_frame(self, frame: np.ndarray) -> np.ndarray:
+        """The frame as it is: nobody looks at it."""
+        return frame
+
     def new_session(
         self, prompt: str, *, seed: int = 0, negative_prompt: str = "", emit: Emit = "ahead"
     ) -> NullSession:
         """Open a trajectory; the prompts are kept and not used."""
-        return NullSession(self, prompt, seed=seed, emit=emit)
+        return NullSession(self, prompt, seed=seed, emit=emit, negative_prompt=negative_prompt)
 
 
 class NullSession:
-    def __init__(self, policy: NullPolicy, prompt: str, *, seed: int, emit: Emit):
+    held_bytes = 0
+
+    def __init__(self, policy: NullPolicy, prompt: str, *, seed: int, emit: Emit, negative_prompt: str = ""):
         self.prompt = prompt
+        self.negative_prompt = negative_prompt
         self.frames = 0
         self.emitted = -1
         self._policy, self._seed, self._emit = policy, seed, emit
 
-    least_s: float | None = None
+    def least_s(self, new_frames: int = 0) -> float | None:
+        """Not known."""
+        return None
 
-    def observe(self, frames: Sequence[np.ndarray], *, budget_s: float | None = None) -> ActionChunk | None:
+    def observe(
+        self,
+        frames: Sequence[np.ndarray],
+        *,
+        budget_s: float | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> ActionChunk | None:
         """See PolicySession.observe; the actions are zeros."""
         for frame in frames:
             check_rgb(frame)
@@ -67,8 +91,10 @@ class NullSession:
         if self.done or self.need > 0:
             return None
         started = time.perf_counter()
-        if self._policy.infer_s:
-            time.sleep(self._policy.infer_s)
+        while (left_s := started + self._policy.infer_s - time.perf_counter()) > 0:
+            if should_stop():
+                raise StoppedError("stopped while it pretended to compute")
+            time.sleep(min(left_s, _PAUSE_S))
         self.emitted += 1
         points = horizon.points
         return ActionChunk(
@@ -79,11 +105,24 @@ class NullSession:
             timings_ms={"generate": (time.perf_counter() - started) * 1e3},
         )
 
-    def work_ahead(self) -> None:
+    def restore(self, frames: Sequence[np.ndarray], emitted: int) -> None:
+        """See PolicySession.restore."""
+        check_restorable(self, frames, emitted)
+        self.frames = min(len(frames), self._policy.info.horizon.num_frames)
+        self.emitted = emitted
+
+    def work_ahead(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Nothing is prepared."""
+        return False
 
     def set_prompt(self, prompt: str) -> None:
         self.prompt = prompt
+
+    def set_negative_prompt(self, negative_prompt: str) -> None:
+        self.negative_prompt = negative_prompt
+
+    def set_seed(self, seed: int) -> None:
+        self._seed = seed
 
     @property
     def need(self) -> int:

@@ -6,16 +6,21 @@ Source: spec/session_protocol.md 1, 2.6.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
 
 from worldvln_edge.config import HorizonConfig
+from worldvln_edge.images import check_rgb
 
 Emit = Literal["ahead", "behind"]
 """ahead: segment s is ready once its first frame was observed (rule F). behind: once its last one was (rule D)."""
+
+
+class StoppedError(RuntimeError):
+    """Whoever asked for a segment does not want it any more; it was not emitted and may be asked for again."""
 
 
 class NonFiniteActionsError(RuntimeError):
@@ -33,6 +38,7 @@ class ActionChunk:
     head: Literal["latent", "rgb"] = "latent"
     profile: str = "exact"  # generation profile that was flown
     profile_reason: str = ""  # why, where a deadline decided
+    hold: str | None = None  # why the safety envelope put zero motion in the place of the actions
     timings_ms: dict[str, float] = field(default_factory=dict)  # stage -> milliseconds
 
 
@@ -51,43 +57,85 @@ class PolicyInfo:
 class PolicySession(Protocol):
     """One trajectory: one prompt, frames 1..num_frames in order. Not thread-safe; one caller at a time."""
 
-    frames: int
-    """Frames stored, never above num_frames."""
-    emitted: int
-    """Last emitted segment, -1 at the start."""
+    @property
+    def frames(self) -> int:
+        """Frames stored, never above num_frames."""
+        ...
 
-    def observe(self, frames: Sequence[np.ndarray], *, budget_s: float | None = None) -> ActionChunk | None:
+    @property
+    def emitted(self) -> int:
+        """Last emitted segment, -1 at the start."""
+        ...
+
+    def observe(
+        self,
+        frames: Sequence[np.ndarray],
+        *,
+        budget_s: float | None = None,
+        should_stop: Callable[[], bool] = ...,
+    ) -> ActionChunk | None:
         """Store new frames, oldest first, and emit the next segment if it is ready.
 
         Args:
             frames: uint8 RGB [H, W, 3] each, any size; may be empty; frames past num_frames are dropped.
             budget_s: time until the actions are due; a policy that can do with less work chooses by it.
+            should_stop: asked now and then; when it says True, the segment is given up. Frames are taken all the same.
 
         Returns:
             The next segment's actions, or None when more frames are needed or all segments were emitted.
 
         Raises:
             ValueError: a frame is not uint8 [H, W, 3].
+            StoppedError: `should_stop` said so.
             NonFiniteActionsError: the model gave NaN; the frames are kept and the segment stays unemitted.
             Exception: whatever an engine raises. The session stays usable: `frames` tells whether the new frames were
                 taken, the segment stays unemitted, and the next call goes on from there.
         """
         ...
 
-    @property
-    def least_s(self) -> float | None:
-        """Time that the next segment needs at least on this machine; None where that is not known."""
+    def restore(self, frames: Sequence[np.ndarray], emitted: int) -> None:
+        """Take frames of a flight that was interrupted, and count its segments as emitted without making them again.
+
+        Args:
+            frames: all that were stored, oldest first; as for `observe`.
+            emitted: last emitted segment, -1 if none was.
+
+        Raises:
+            ValueError: the session has frames already, or that segment cannot rest on these frames.
+        """
         ...
 
-    def work_ahead(self) -> None:
+    def least_s(self, new_frames: int = 0) -> float | None:
+        """Time that the next segment needs at least on this machine; None where that is not known.
+
+        Args:
+            new_frames: that it still has to take.
+        """
+        ...
+
+    def work_ahead(self, should_stop: Callable[[], bool] = ...) -> bool:
         """Do now what would otherwise have to be done when the next segment is due; call it while nobody waits.
 
-        It never changes actions, and may be left out. What it raises leaves the session usable, as in `observe`.
+        It may be left out. What it raises leaves the session usable, as in `observe`.
+
+        Args:
+            should_stop: asked now and then; when it says True, the work is broken off and may be gone on with later.
+
+        Returns:
+            Whether there is more to do.
         """
         ...
 
     def set_prompt(self, prompt: str) -> None:
         """Replace the prompt for the segments still to come."""
+        ...
+
+    def set_negative_prompt(self, negative_prompt: str) -> None:
+        """Replace the negative prompt for the segments still to come."""
+        ...
+
+    def set_seed(self, seed: int) -> None:
+        """Replace the seed for the segments still to come."""
         ...
 
     @property
@@ -100,6 +148,11 @@ class PolicySession(Protocol):
         """All segments were emitted."""
         ...
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory that the session holds now, shared entries included; never more than `Policy.session_bytes`."""
+        ...
+
     def close(self) -> None:
         """Free the session's buffers."""
         ...
@@ -108,6 +161,32 @@ class PolicySession(Protocol):
 class Policy(Protocol):
     info: PolicyInfo
 
+    @property
+    def session_bytes(self) -> int:
+        """Memory that one session holds at most; 0 where it is not worth counting."""
+        ...
+
+    def available_bytes(self) -> int | None:
+        """Memory that is left now where sessions live; None where nothing tells."""
+        ...
+
+    def fit_frame(self, frame: np.ndarray) -> np.ndarray:
+        """A frame at the size that sessions work with: uint8 RGB [H, W, 3] in and out.
+
+        Called from decoding threads, many at a time. Optional for callers: `observe` takes frames of any size.
+        """
+        ...
+
     def new_session(
         self, prompt: str, *, seed: int = 0, negative_prompt: str = "", emit: Emit = "ahead"
     ) -> PolicySession: ...
+
+
+def check_restorable(session: PolicySession, frames: Sequence[np.ndarray], emitted: int) -> None:
+    """Raise ValueError unless a session that just began may be restored so; see `PolicySession.restore`."""
+    if session.frames or session.emitted >= 0:
+        raise ValueError(f"only a new session can be restored, this one has {session.frames} frames")
+    for frame in frames:
+        check_rgb(frame)
+    if emitted < -1 or (emitted >= 0 and not frames):
+        raise ValueError(f"segment {emitted} cannot rest on {len(frames)} frames")

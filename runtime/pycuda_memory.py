@@ -15,7 +15,9 @@ from worldvln_edge.runtime.device_memory import (
     DeviceEvent,
     DeviceGraph,
     DeviceMemoryError,
+    DeviceSpan,
     DeviceStream,
+    Strips,
     check_span,
 )
 
@@ -65,6 +67,16 @@ class PyCudaMemory:
             self._context.pop()
 
     @property
+    def name(self) -> str:
+        return self._device.name()
+
+    @property
+    def free_bytes(self) -> int:
+        with self._enter():
+            free, _ = self._cuda.mem_get_info()
+        return int(free)
+
+    @property
     def compute_capability(self) -> str:
         major, minor = self._device.compute_capability()
         return f"sm{major}{minor}"
@@ -78,15 +90,29 @@ class PyCudaMemory:
                     f"the device has no {size_bytes} bytes left; free memory, or use a smaller precision"
                 ) from error
 
-    def copy_in(self, buffer: DeviceBuffer, array: np.ndarray, stream: DeviceStream, offset_bytes: int = 0) -> None:
+    def copy_in(self, buffer: DeviceSpan, array: np.ndarray, stream: DeviceStream, offset_bytes: int = 0) -> None:
         check_span(buffer, array, offset_bytes)
         with self._enter():
             self._cuda.memcpy_htod_async(buffer.address + offset_bytes, array, _native(stream))
 
-    def copy_out(self, array: np.ndarray, buffer: DeviceBuffer, stream: DeviceStream, offset_bytes: int = 0) -> None:
+    def copy_out(self, array: np.ndarray, buffer: DeviceSpan, stream: DeviceStream, offset_bytes: int = 0) -> None:
         check_span(buffer, array, offset_bytes)
         with self._enter():
             self._cuda.memcpy_dtoh_async(array, buffer.address + offset_bytes, _native(stream))
+
+    def copy_strips(
+        self, target: Strips, source: Strips, *, planes: int, rows: int, width_bytes: int, stream: DeviceStream
+    ) -> None:
+        for strips in (target, source):
+            strips.check(planes, rows, width_bytes)
+        with self._enter():
+            copy = self._cuda.Memcpy3D()
+            copy.set_src_device(source.span.address + source.offset_bytes)
+            copy.src_pitch, copy.src_height = source.row_bytes, source.plane_rows
+            copy.set_dst_device(target.span.address + target.offset_bytes)
+            copy.dst_pitch, copy.dst_height = target.row_bytes, target.plane_rows
+            copy.width_in_bytes, copy.height, copy.depth = width_bytes, rows, planes
+            copy(_native(stream))
 
     def stream(self) -> DeviceStream:
         with self._enter():

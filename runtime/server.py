@@ -1,4 +1,4 @@
-"""The native WebSocket and the health routes of one policy, on one port.
+"""HTTP, the native WebSocket, openpi's protocol and the health routes of one policy: one application, one or two ports.
 
 Loopback without a key is the default; any other address needs a key or an explicit flag. Compression is off: images
 are compressed already. SIGTERM drains: work in progress is answered, clients get `bye`, then the port closes.
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import socket
+import ssl
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import FrameType, TracebackType
@@ -19,32 +20,42 @@ from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route, WebSocketRoute
+from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from worldvln_edge import __version__
 from worldvln_edge.protocol import PROTOCOL_VERSION, WEBSOCKET_PATH, Limits
 from worldvln_edge.runtime.access import AccessRule
+from worldvln_edge.runtime.chained_session import SettledRule
+from worldvln_edge.runtime.entrance import Entrance
+from worldvln_edge.runtime.envelope import EnvelopeConfig
+from worldvln_edge.runtime.event_log import EventLog, Meters
+from worldvln_edge.runtime.http_connection import bounded_http
+from worldvln_edge.runtime.http_door import PREDICT_PATH, HttpDoor
+from worldvln_edge.runtime.http_errors import routing_error, server_fault
+from worldvln_edge.runtime.listen_address import AddressInUseError, check_address
+from worldvln_edge.runtime.meter import Meter
+from worldvln_edge.runtime.metrics import ServerMetrics
+from worldvln_edge.runtime.openpi_door import OPENPI_PATHS, OpenPIDoor
 from worldvln_edge.runtime.policy import Policy
+from worldvln_edge.runtime.session_journal import SessionJournal
 from worldvln_edge.runtime.session_manager import SessionManager
+from worldvln_edge.runtime.warm_up import WarmUpError, fly_until_steady
 from worldvln_edge.runtime.websocket_door import WebSocketDoor
+from worldvln_edge.runtime.zmq_config import ZmqConfig
+from worldvln_edge.runtime.zmq_door import ZmqDoor
+from worldvln_edge.runtime.zmq_endpoint import ZmqEndpointError
 
 _log = logging.getLogger(__name__)
 _SWEEP_S = 5.0
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8001
 
 
-class UnsafeAddressError(ValueError):
-    """The server would listen beyond this machine without a key."""
-
-
-class AddressInUseError(RuntimeError):
-    """The address cannot be listened on."""
-
-
-def create_app(manager: SessionManager, door: WebSocketDoor) -> Starlette:
-    """The ASGI application: `/v1/session` (WebSocket), `/healthz`, `/readyz`, `/health`."""
+def create_app(manager: SessionManager, doors: Sequence[BaseRoute], metrics: ServerMetrics) -> Starlette:
+    """The ASGI application: the doors' routes, `/healthz`, `/readyz`, `/health`, `/metrics`."""
 
     async def healthz(request: Request) -> Response:
         return PlainTextResponse("OK\n")
@@ -54,6 +65,10 @@ def create_app(manager: SessionManager, door: WebSocketDoor) -> Starlette:
 
     async def health(request: Request) -> Response:
         return JSONResponse(health_report(manager))
+
+    async def read_metrics(request: Request) -> Response:
+        text, content_type = metrics.exposition(request.headers.get("accept", ""))
+        return Response(text, headers={"content-type": content_type})
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -69,8 +84,10 @@ def create_app(manager: SessionManager, door: WebSocketDoor) -> Starlette:
             Route("/healthz", healthz),
             Route("/readyz", readyz),
             Route("/health", health),
-            WebSocketRoute(WEBSOCKET_PATH, door.serve),
+            Route("/metrics", read_metrics),
+            *doors,
         ],
+        exception_handlers={HTTPException: routing_error, Exception: server_fault},
         lifespan=lifespan,
     )
 
@@ -116,40 +133,94 @@ class SessionServer(uvicorn.Server):
 
     Args:
         policy: what answers.
-        host, port: address; port 0 takes a free one, `bound_port` tells which.
+        host, port: address of every door, or with `http_address` of the WebSocket doors; port 0 takes a free one,
+            `bound_port` tells which.
+            Host None opens no port at all, which makes sense with `zmq` only.
+        http_address: (host, port) of the HTTP API where it has a port of its own; `http_port` tells which it got.
+        tls: certificate and key of the ports, as `tls.server_context` reads them; None: no TLS.
         keys: API keys; every client must show one of them. Sessions belong to the key that made them.
         allow_remote: listen beyond loopback without a key.
         origins: browser origins that may connect, such as "https://ground.example"; none by default.
         limits: spec/session_protocol.md 7.8.
+        zmq: where ZeroMQ clients are served, if anywhere.
+        warm_up: fly once before being ready.
+        resets_on_one_frame: HTTP API: a prompt together with exactly one image starts its session afresh.
+        session_memory_bytes: that all sessions together may hold; None: half of what is available.
+        envelope: what may be flown; the rest is answered as a hold. None: no limits.
+        settled: when a chained session says that the drone has arrived; None: UAV-Flow's rule.
+        journal: where sessions outlive this process; closed with the server. None: nowhere.
+        meters: are told what happens, besides the metrics and the log.
         device_workers: threads that may be inside the policy at once.
         drain_s: how long work in progress may take after SIGTERM.
 
     Raises:
         UnsafeAddressError: not loopback, no key, and not allowed explicitly.
+        MemoryBudgetError: not even one session fits into the memory.
     """
 
     def __init__(
         self,
         policy: Policy,
-        host: str = DEFAULT_HOST,
+        host: str | None = DEFAULT_HOST,
         port: int = DEFAULT_PORT,
         *,
+        http_address: tuple[str, int] | None = None,
+        tls: ssl.SSLContext | None = None,
+        zmq: ZmqConfig | None = None,
+        warm_up: bool = True,
+        resets_on_one_frame: bool = True,
         keys: Sequence[str] = (),
         allow_remote: bool = False,
         origins: Sequence[str] = (),
         limits: Limits | None = None,
+        session_memory_bytes: int | None = None,
+        envelope: EnvelopeConfig | None = None,
+        settled: SettledRule | None = None,
+        journal: SessionJournal | None = None,
+        meters: Sequence[Meter] = (),
         device_workers: int = 1,
         drain_s: float = 30.0,
     ):
-        check_address(host, keys=keys, allow_remote=allow_remote)
-        self.manager = SessionManager(policy, limits=limits, device_workers=device_workers)
-        self.door = WebSocketDoor(self.manager, AccessRule(keys=keys, origins=origins))
-        self.host, self._bound_port, self._drain_s = host, 0, drain_s
+        self._http_address = None if port and http_address == (host, port) else http_address
+        for address in filter(None, (host, self._http_address and self._http_address[0])):
+            check_address(address, keys=keys, allow_remote=allow_remote)
+        self._tls = tls
+        metrics = ServerMetrics(policy.info)
+        self.manager = manager = SessionManager(
+            policy,
+            limits=limits,
+            session_memory_bytes=session_memory_bytes,
+            envelope=envelope,
+            settled=settled,
+            journal=journal,
+            device_workers=device_workers,
+            meter=Meters((metrics, EventLog(), *meters)),
+        )
+        metrics.watch(sessions=lambda: manager.sessions, queue=lambda: manager.queue, is_ready=lambda: manager.is_ready)
+        self._http_class = bounded_http(self.manager.limits)
+        access = AccessRule(keys=keys, origins=origins)
+        entrance = Entrance(self.manager, access)
+        self.door = WebSocketDoor(self.manager, entrance)
+        self.openpi = OpenPIDoor(self.manager, entrance)
+        self.http = HttpDoor(self.manager, access, resets_on_one_frame=resets_on_one_frame)
+        self.zmq = None if zmq is None else ZmqDoor(self.manager, access, zmq, allow_remote=allow_remote)
+        self.failure: WarmUpError | None = None
+        self._warms_up = warm_up
+        self._warming: asyncio.Task[None] | None = None
+        self.is_listening = False
+        """Whether every address is known and clients may come; the server may still be warming up."""
+        self.host, self._bound_port, self._http_port, self._drain_s = host, 0, 0, drain_s
+        doors = [
+            Route(PREDICT_PATH, self.http.predict, methods=["POST"]),
+            WebSocketRoute(WEBSOCKET_PATH, self.door.serve),
+            *(WebSocketRoute(path, self.openpi.serve) for path in OPENPI_PATHS),
+        ]
         super().__init__(
             uvicorn.Config(
-                create_app(self.manager, self.door),
-                host=host,
+                self._split_by_port(create_app(self.manager, doors, metrics)),
+                host=host or DEFAULT_HOST,
                 port=port,
+                http=self._http_class,
                 ws="auto",  # websockets is a dependency of the core, so auto is that implementation
                 ws_max_size=self.manager.limits.max_msg_bytes,
                 ws_per_message_deflate=False,
@@ -162,19 +233,105 @@ class SessionServer(uvicorn.Server):
 
     @property
     def bound_port(self) -> int:
-        """Port listened on; 0 until it is known, just after `started` turns True."""
+        """Port listened on; 0 until it is known, before `is_listening` turns True."""
         return self._bound_port
 
     @property
+    def http_port(self) -> int:
+        """Port of the HTTP API; as `bound_port`, unless it has one of its own."""
+        return self._http_port or self._bound_port
+
+    @property
     def url(self) -> str:
-        """WebSocket address of the native protocol; valid once `started` is True."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"ws://{host}:{self.bound_port}{WEBSOCKET_PATH}"
+        """WebSocket address of the native protocol; valid once `started` is True. Empty without a port."""
+        if self.host is None:
+            return ""
+        return f"{self._scheme('ws')}://{_in_url(self.host)}:{self.bound_port}{WEBSOCKET_PATH}"
+
+    @property
+    def zmq_urls(self) -> tuple[str, ...]:
+        """ZeroMQ addresses of the native protocol; valid once `started` is True."""
+        return () if self.zmq is None else self.zmq.urls
+
+    @property
+    def http_url(self) -> str:
+        """Base address of the HTTP API; valid once `started` is True. Empty without a port."""
+        host = self.host if self._http_address is None else self._http_address[0]
+        return "" if host is None else f"{self._scheme('http')}://{_in_url(host)}:{self.http_port}"
+
+    def _scheme(self, name: str) -> str:
+        return name if self._tls is None else f"{name}s"
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where clients connect: the native protocol's addresses, and the HTTP API's if it has a port of its own."""
+        http_url = "" if self._http_address is None else self.http_url
+        return tuple(filter(None, (self.url, http_url, *self.zmq_urls)))
+
+    def _split_by_port(self, app: Starlette) -> ASGIApp:
+        """With two ports, each door is found on its own only; the health routes are on both."""
+
+        async def split(scope: Scope, receive: Receive, send: Send) -> None:
+            if self._http_port and scope["type"] != "lifespan":
+                is_http_port = (scope.get("server") or ("", 0))[1] == self._http_port
+                is_misplaced = scope["type"] == "websocket" if is_http_port else scope.get("path") == PREDICT_PATH
+                if is_misplaced:
+                    scope = {**scope, "path": "/not-on-this-port"}
+            await app(scope, receive, send)
+
+        return split
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and remember where: the listeners forget it when they close."""
-        await super().startup(sockets)
-        self._bound_port = self.servers[0].sockets[0].getsockname()[1]
+        """Listen, and remember where: the listeners forget it when they close. Then warm up, while health answers."""
+        if self._warms_up:
+            self.manager.begin_warm_up()
+        if self.zmq is not None:
+            await self.zmq.open()
+        listeners: list[asyncio.Server] = []
+        try:
+            if self.host is not None:
+                listeners.append(await self._listen(self.host, self.config.port, "--ws"))
+                self._bound_port = listeners[-1].sockets[0].getsockname()[1]
+            if self._http_address is not None:
+                listeners.append(await self._listen(*self._http_address, "--http"))
+                self._http_port = listeners[-1].sockets[0].getsockname()[1]
+            await super().startup([])  # uvicorn's own listeners would wait a minute for a TLS handshake
+        except BaseException:
+            for listener in listeners:
+                listener.close()
+            if self.zmq is not None:
+                await self.zmq.close()
+            self.manager.close()
+            raise
+        self.servers.extend(listeners)
+        self.is_listening = True
+        if self._warms_up:
+            self._warming = asyncio.create_task(self._warm_up())
+
+    async def _warm_up(self) -> None:
+        try:
+            await self.manager.warm_up(fly_until_steady)
+        except WarmUpError as error:
+            self.failure, self.should_exit = error, True
+
+    async def _listen(self, host: str, port: int, option: str) -> asyncio.Server:
+        """Accept connections. Raises AddressInUseError, which names the option that gives another address."""
+
+        def connection() -> asyncio.Protocol:
+            return self._http_class(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+        options: dict[str, Any] = {"backlog": self.config.backlog}
+        if self._tls is not None:
+            patience_s = self.manager.limits.headers_within_s
+            options |= {"ssl": self._tls, "ssl_handshake_timeout": patience_s}
+            if sys.version_info >= (3, 11):
+                options["ssl_shutdown_timeout"] = patience_s
+        try:
+            return await asyncio.get_running_loop().create_server(connection, host, port, **options)
+        except OSError:
+            raise AddressInUseError(
+                f"cannot listen on {host}:{port}; is another server running there? Give another {option} HOST:PORT"
+            ) from None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: drain and return normally. Second: stop at once."""
@@ -186,32 +343,20 @@ class SessionServer(uvicorn.Server):
         if not self.force_exit:
             if not await self.manager.drain(self._drain_s):
                 _log.warning("work was still in progress %.0f s after the shutdown began; it is cut off", self._drain_s)
-            await self.door.say_bye_to_all()
+            farewells = [self.door.say_bye_to_all(), self.openpi.close_all()]
+            if self.zmq is not None:
+                farewells.append(self.zmq.say_bye_to_all())
+            await asyncio.gather(*farewells)
+        if self._warming is not None:
+            self._warming.cancel()
+        if self.zmq is not None:
+            await self.zmq.close()
         await super().shutdown(sockets)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def check_address(host: str, *, keys: Sequence[str], allow_remote: bool) -> None:
-    """Raise UnsafeAddressError unless the host is loopback, a key is set, or the operator allowed it."""
-    if not (keys or allow_remote or is_loopback(host)):
-        raise UnsafeAddressError(
-            f"{host} can be reached from other machines and no key is set; give a key file (--key-file), or allow it "
-            "explicitly (--allow-remote)"
-        )
 
 
 def serve(
     policy: Policy,
-    host: str = DEFAULT_HOST,
+    host: str | None = DEFAULT_HOST,
     port: int = DEFAULT_PORT,
     *,
     on_ready: Callable[[str], None] | None = None,
@@ -220,43 +365,44 @@ def serve(
     """Serve until SIGTERM or SIGINT. Options are those of SessionServer.
 
     Args:
-        on_ready: called with the server's URL once it accepts connections.
+        on_ready: called with `SessionServer.addresses`, separated by blanks, once sessions can be started.
 
     Raises:
-        UnsafeAddressError: see SessionServer.
+        UnsafeAddressError, ZmqEndpointError: see SessionServer.
         AddressInUseError: somebody else listens there, or the address is not this machine's.
+        WarmUpError: the policy cannot fly here.
     """
     server = SessionServer(policy, host, port, **options)
 
     async def run() -> None:
         serving = asyncio.create_task(_serve(server))
-        while not server.started and not serving.done():
+        while not (server.is_listening and server.manager.is_ready) and not serving.done():
             await asyncio.sleep(0.01)
-        if server.started and on_ready is not None:
-            on_ready(server.url)
+        if not serving.done() and on_ready is not None:
+            on_ready(" ".join(server.addresses))
         await serving
 
     asyncio.run(run())
 
 
 async def _serve(server: SessionServer) -> None:
-    try:
-        await server.serve()
-    except SystemExit:  # how uvicorn says that it could not bind
-        raise AddressInUseError(
-            f"cannot listen on {server.config.host}:{server.config.port}; is another server running there? "
-            "Give another --ws HOST:PORT"
-        ) from None
+    await server.serve()
+    if server.failure is not None:
+        raise server.failure
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 class BackgroundServer:
     """A server in a thread of this process, as a context manager: for flights, tests and measurements on one machine.
 
-    Takes the arguments of SessionServer; the port defaults to a free one.
+    Takes the arguments of SessionServer; the port defaults to a free one, and it warms up only when told to.
     """
 
-    def __init__(self, policy: Policy, host: str = DEFAULT_HOST, port: int = 0, **options: Any):
-        self.server = SessionServer(policy, host, port, **options)
+    def __init__(self, policy: Policy, host: str | None = DEFAULT_HOST, port: int = 0, **options: Any):
+        self.server = SessionServer(policy, host, port, **{"warm_up": False, **options})
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="session-server", daemon=True)
 
@@ -267,13 +413,12 @@ class BackgroundServer:
     def _run(self) -> None:
         try:
             asyncio.run(_serve(self.server))
-        except (AddressInUseError, OSError) as error:
+        except (AddressInUseError, WarmUpError, ZmqEndpointError, OSError) as error:
             self._failure = error
 
     def __enter__(self) -> BackgroundServer:
         self._thread.start()
-        # Not `started`: that turns true in the server's thread a moment before the port is known.
-        while not self.server.bound_port:
+        while not (self.server.is_listening and self.server.manager.is_ready):
             self._thread.join(0.005)
             if not self._thread.is_alive():
                 raise self._failure or RuntimeError("the server's thread ended before it was ready")

@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from worldvln_edge.config import HorizonConfig
 from worldvln_edge.protocol import Bye, Limits, ProtocolError, SessionPhase, SessionState
 from worldvln_edge.runtime.device_queue import Ticket
+from worldvln_edge.runtime.memory_budget import MemoryBudget, in_units
 from worldvln_edge.runtime.policy import ActionChunk, PolicySession
+from worldvln_edge.runtime.session_journal import SessionLog
 
 SessionKey = tuple[str, str]
 """(peer, session name)."""
@@ -31,23 +34,46 @@ class LiveSession:
 
     key: SessionKey
     policy_session: PolicySession
-    num_frames: int
+    horizon: HorizonConfig
+    """Of the whole trajectory: the model's, or a chained one."""
     seed: int
     last_used: float
+    most_bytes: int = 0
+    """What the policy session holds at most."""
     notify: Callable[[Bye], None] | None = None
     waiting_frames: list[np.ndarray] = field(default_factory=list)
     """Stored frames that the policy has not taken yet: a deadline passed, or a resend was answered from `chunks`."""
     waiting_bytes: int = 0
+    prompt: str = ""
+    """As the client said it last."""
     next_prompt: str | None = None
+    """What the policy session does not know yet; so the next two."""
+    next_negative_prompt: str | None = None
+    next_seed: int | None = None
+    reply: str = "segment"
+    """What an answer holds where the client may choose it (openpi)."""
+    last_call: tuple[int, int, int] | None = None
+    """(first frame, count, emitted segment) of the last answered call that said where its frames belong."""
     ahead: Ticket | None = None
     """Of the last work ahead of time."""
+    has_more_ahead: bool = False
+    """It was broken off."""
     chunks: dict[int, ActionChunk] = field(default_factory=dict)
     capture_ns: dict[int, int] = field(default_factory=dict)
     """Frame index -> capture time of the client's clock."""
+    still_steps: int | None = None
+    """Steps that were flown without motion at the end of what was answered so far; None: nobody counts."""
+    stored_s: dict[int, float] = field(default_factory=dict)
+    """Frame index -> event-loop time at which it was stored."""
     frames_seen: int = 0
     emitted: int = -1
     policy_need: int = 0
     is_done: bool = False
+    negative_prompt: str = ""
+    log: SessionLog | None = None
+    """Its journal, where there is one."""
+    held_bytes: int = 0
+    """What a done session still holds; written by the thread that flew its last segment."""
 
     def __post_init__(self) -> None:
         self.refresh()
@@ -62,9 +88,14 @@ class LiveSession:
         self.is_done = self.policy_session.done
 
     @property
+    def counted_bytes(self) -> int:
+        """Its part of the server's memory for sessions. An open one counts what it may come to hold."""
+        return self.held_bytes if self.is_done else self.most_bytes
+
+    @property
     def frames(self) -> int:
         """Frames stored, n."""
-        return min(self.frames_seen + len(self.waiting_frames), self.num_frames)
+        return min(self.frames_seen + len(self.waiting_frames), self.horizon.num_frames)
 
     @property
     def need(self) -> int:
@@ -86,13 +117,21 @@ class SessionTable:
     """All methods are called from one event loop.
 
     Args:
-        limits: counts, bytes and times.
+        limits: counts and times.
+        budget: bytes.
         clock: seconds, monotonic.
         on_drop: called with every session that leaves the table, to free what it holds.
     """
 
-    def __init__(self, limits: Limits, *, clock: Callable[[], float], on_drop: Callable[[LiveSession], None]):
-        self._limits, self._clock, self._on_drop = limits, clock, on_drop
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        budget: MemoryBudget,
+        clock: Callable[[], float],
+        on_drop: Callable[[LiveSession], None],
+    ):
+        self._limits, self._budget, self._clock, self._on_drop = limits, budget, clock, on_drop
         self._sessions: dict[SessionKey, LiveSession] = {}
         self._turns: dict[SessionKey, tuple[asyncio.Lock, int]] = {}
         self._reserved: list[SessionKey] = []
@@ -119,6 +158,10 @@ class SessionTable:
             else:
                 del self._turns[key]
 
+    def users(self, key: SessionKey) -> int:
+        """Requests that hold the session's turn or wait for it."""
+        return self._turns[key][1] if key in self._turns else 0
+
     def find(self, key: SessionKey) -> LiveSession | None:
         return self._sessions.get(key)
 
@@ -128,10 +171,16 @@ class SessionTable:
         Raises:
             ProtocolError: `unknown_session`: never started, ended, expired, or another peer's.
         """
-        session = self._sessions.get(key)
+        session = self.use(key)
         if session is None:
             raise ProtocolError("unknown_session", "no such session; start it (it may have ended or expired)")
-        session.last_used = self._clock()
+        return session
+
+    def use(self, key: SessionKey) -> LiveSession | None:
+        """The session if there is one, marked as used now."""
+        session = self._sessions.get(key)
+        if session is not None:
+            session.last_used = self._clock()
         return session
 
     @contextmanager
@@ -139,7 +188,8 @@ class SessionTable:
         """Hold a place for a session about to be added, dropping old ones where needed.
 
         Raises:
-            ProtocolError: `overloaded`: every session was active lately. `busy`: this peer has too many open ones.
+            ProtocolError: `overloaded`: every session was active lately, or what they may hold leaves no room for
+                another one. `busy`: this peer has too many open ones.
         """
         peer = key[0]
         if peer and self._open_sessions(peer, besides=key) >= self._limits.max_open_sessions_per_key:
@@ -157,6 +207,7 @@ class SessionTable:
                     f"the server holds {self._limits.max_sessions} active sessions",
                     retry_ms=round(self._limits.min_idle_s * 1000),
                 )
+        self._make_room_for_session(key)
         self._reserved.append(key)
         try:
             yield
@@ -175,16 +226,50 @@ class SessionTable:
         """Drop the idle session that frees frames, if there is one."""
         self._drop_oldest_idle(lambda session: session.waiting_bytes > 0)
 
+    def _make_room_for_session(self, key: SessionKey) -> None:
+        """Drop idle sessions until another one's memory fits; none if that would not be enough."""
+        allowed, needed = self._budget.sessions_bytes, self._budget.session_bytes
+        if allowed is None or needed == 0:
+            return
+        held = {other: session.counted_bytes for other, session in self._sessions.items() if other != key}
+        # A place that is being filled counts as the session that it is for, whatever it replaces.
+        held |= {other: needed for other in self._reserved if other != key}
+        missing = sum(held.values()) + needed - allowed
+        going = []
+        for session in self._idle_in_order():
+            if missing <= 0:
+                break
+            if session.counted_bytes > 0:
+                going.append(session)
+                missing -= session.counted_bytes
+        if missing > 0:
+            free = max(0, allowed - sum(held.values()))
+            raise ProtocolError(
+                "overloaded",
+                f"another session may need {in_units(needed)}, and {in_units(free)} of the {in_units(allowed)} for "
+                f"sessions are free, with {len(held)} sessions there; end one, or try again when one was idle for "
+                f"{self._limits.min_idle_s:g} s (the server's operator may allow more with --session-memory-mb)",
+                retry_ms=round(self._limits.min_idle_s * 1000),
+            )
+        for session in going:
+            self._drop(session)
+
     def _drop_oldest_idle(self, may_drop: Callable[[LiveSession], bool]) -> None:
-        """Drop one session: done ones first, then the longest idle; never one in use or active within min_idle_s."""
+        """Drop the first session in the order of `_idle_in_order` that may go."""
+        for session in self._idle_in_order():
+            if may_drop(session):
+                self._drop(session)
+                return
+
+    def _idle_in_order(self) -> list[LiveSession]:
+        """Sessions that may be dropped: done ones first, then the longest idle; none in use or active lately."""
         now = self._clock()
         idle = [
             session
             for key, session in self._sessions.items()
-            if key not in self._turns and now - session.last_used >= self._limits.min_idle_s and may_drop(session)
+            if key not in self._turns and now - session.last_used >= self._limits.min_idle_s
         ]
-        if idle:
-            self._drop(min(idle, key=lambda session: (not session.is_done, session.last_used)))
+        return sorted(idle, key=lambda session: (not session.is_done, session.last_used))
 
     def add(self, session: LiveSession) -> None:
         """Put a session in; one of the same key is replaced and freed."""

@@ -4,6 +4,9 @@ Written against what `tensorrt` and `tensorrt_rtx` have in common. Buffers stay 
 caches are written where they are read; a shape that comes back is replayed as a CUDA graph. Shapes outside the engine's
 optimisation profiles are refused with the ones it has.
 
+Outputs that are not fetched stay on the device. Small ones are copied there, so that addresses stay what a CUDA graph
+holds; large ones (states and features of the VAE) are written and read where they lie, without a graph.
+
 Legend: B guidance rows, heads kv heads, M cache capacity, hd head size.
 Source: TensorRT Python API (explicit addresses, `execute_async_v3`); design of the KV cache in `runtime/kv_cache.py`.
 """
@@ -17,13 +20,23 @@ from typing import Any
 import numpy as np
 
 from worldvln_edge.bundle import Bundle
+from worldvln_edge.runtime.cache_copies import copy_entries_in, copy_entries_out, copy_entries_over, written_span
 from worldvln_edge.runtime.cuda_graph_cache import BoundShape, CudaGraphCache
-from worldvln_edge.runtime.device_memory import DeviceBuffer, DeviceMemory, DeviceStream
+from worldvln_edge.runtime.device_memory import (
+    DeviceBuffer,
+    DeviceMemory,
+    DeviceSpan,
+    DeviceStream,
+    copy_whole,
+)
+from worldvln_edge.runtime.device_tensor import DeviceTensor
 from worldvln_edge.runtime.engine import EngineError, Tensor, to_host
-from worldvln_edge.runtime.engine_signature import Caches, EngineSignature, Shape
+from worldvln_edge.runtime.engine_signature import Caches, EngineSignature, Shape, Values
 from worldvln_edge.runtime.tensorrt_library import load_tensorrt, tensorrt_log
 
 _SCRATCH = "scratch"
+_LARGE_BYTES = 32 << 20
+"""From this size on, a copy on the device (0.1 ms or more) costs as much as a CUDA graph saves, and memory besides."""
 
 
 class TensorRTEngine:
@@ -85,21 +98,21 @@ class TensorRTEngine:
     def run(
         self,
         inputs: Mapping[str, Tensor],
-        in_place: Mapping[str, np.ndarray | DeviceBuffer] | None = None,
+        in_place: Mapping[str, np.ndarray | DeviceSpan] | None = None,
         *,
         fetch: Collection[str] | None = None,
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Any]:
         """Run once; see `runtime/engine.py`.
 
         Args:
             inputs: input name -> array of the graph's dtype (see `tensor_dtype`), or what another engine kept.
-            in_place: stem -> cache [B, heads, M, hd]. A device buffer is read and written where it is. A host array is
-                mirrored on the device: entries in front of `write_index` go in, the new ones up to `kv_length` come
+            in_place: stem -> cache [B, heads, M, hd]. One on the device is read and written where it is. A host array
+                is mirrored on the device: entries in front of `write_index` go in, the new ones up to `kv_length` come
                 back.
-            fetch: this engine brings every output to the host.
+            fetch: outputs that are wanted on the host; None: all. The others are a `DeviceTensor`.
 
         Returns:
-            Output name -> array, without the caches.
+            Output name -> array or tensor, without the caches.
 
         Raises:
             EngineShapeError: a shape that no optimisation profile covers.
@@ -109,27 +122,27 @@ class TensorRTEngine:
         if self._engine is None:
             raise EngineError(f"engine of {self._graph}: it was closed; load it again")
         caches = dict(in_place or {})
-        arrays = self._signature.checked({name: to_host(value) for name, value in inputs.items()}, caches)
-        host_caches = {stem: cache for stem, cache in caches.items() if isinstance(cache, np.ndarray)}
+        values = self._signature.checked({name: self._readable(value) for name, value in inputs.items()}, caches)
+        kept = {t.name for t in self._signature.results if fetch is not None and t.name not in fetch}
         with self._log.capture() as said:
 
             def refused(what: str) -> EngineError:
                 return EngineError(f"engine of {self._graph}: {what} ({said.first_error()})")
 
             try:
-                bound = self._bind(arrays, caches, refused)
-                for name, array in arrays.items():
-                    self._memory.copy_in(self._buffers[name], array, self._stream)
-                span = _written_span(arrays)
-                for stem, cache in host_caches.items():
-                    self._copy_entries_in(stem, cache, span)
+                bound = self._bind(values, caches, refused)
+                places = {
+                    name: self._new_tensor(name, shape)
+                    for name, shape in bound.outputs.items()
+                    if name in kept or name in bound.moving
+                }
+                moving = {**{n: v for n, v in values.items() if isinstance(v, DeviceTensor)}, **places}
+                for name in bound.moving:
+                    self._set_address(bound.context, name, moving[name].span.address, refused)
+                self._copy_in(values, caches, bound)
                 self._bound.run(bound, refused)
-                results = {}
-                for name, shape in bound.outputs.items():
-                    results[name] = np.empty(shape, self._signature.tensors[name].dtype)
-                    self._memory.copy_out(results[name], self._buffers[name], self._stream)
-                for stem, cache in host_caches.items():
-                    self._copy_entries_out(stem, cache, span)
+                results = self._copy_out(places, kept, bound)
+                self._copy_caches_out(values, caches)
             finally:
                 self._stream.wait()  # after a failure too: copies that run on must not outlive the host's arrays
         return results
@@ -153,44 +166,101 @@ class TensorRTEngine:
         self._engine = None
         self._runtime = None
 
-    def _reserve(self, name: str, size_bytes: int) -> None:
-        """Keep a buffer of at least this size under a name; a bigger one moves, so all bindings start over."""
+    def _readable(self, value: Tensor) -> np.ndarray | DeviceTensor:
+        return value if isinstance(value, DeviceTensor) and value.memory is self._memory else to_host(value)
+
+    def _new_tensor(self, name: str, shape: Shape) -> DeviceTensor:
+        buffer = self._memory.allocate(self._size_of(name, shape))
+        return DeviceTensor(self._memory, buffer, shape, self._signature.tensors[name].dtype)
+
+    def _size_of(self, name: str, shape: Shape) -> int:
+        return int(np.prod(shape)) * self._signature.tensors[name].dtype.itemsize
+
+    def _copy_in(self, values: Values, caches: Caches, bound: BoundShape) -> None:
+        for name, value in values.items():
+            if isinstance(value, np.ndarray):
+                self._memory.copy_in(self._buffers[name], value, self._stream)
+            elif name not in bound.moving:
+                copy_whole(self._memory, self._buffers[name], value.span, value.nbytes, self._stream)
+        span = written_span(values)
+        for stem, cache in caches.items():
+            if isinstance(cache, np.ndarray):
+                copy_entries_in(self._memory, self._buffers[f"past_{stem}"], cache, span, self._stream)
+
+    def _copy_out(
+        self, places: Mapping[str, DeviceTensor], kept: Collection[str], bound: BoundShape
+    ) -> dict[str, np.ndarray | DeviceTensor]:
+        """Every output, in memory that is the caller's."""
+        results: dict[str, np.ndarray | DeviceTensor] = {}
+        for name, shape in bound.outputs.items():
+            source = places[name].span if name in bound.moving else self._buffers[name]
+            if name not in kept:
+                array = results[name] = np.empty(shape, self._signature.tensors[name].dtype)
+                self._memory.copy_out(array, source, self._stream)
+                continue
+            tensor = results[name] = places[name]
+            if name not in bound.moving:
+                copy_whole(self._memory, tensor.span, source, tensor.nbytes, self._stream)
+        return results
+
+    def _copy_caches_out(self, values: Values, caches: Caches) -> None:
+        span, shapes = written_span(values), self._signature.cache_shapes(values, caches)
+        for stem, cache in caches.items():
+            past = f"past_{stem}"
+            is_shared = self._signature.is_shared(stem)
+            if isinstance(cache, np.ndarray):
+                source = self._buffers[past if is_shared else f"present_{stem}"]
+                copy_entries_out(self._memory, cache, source, span, self._stream)
+            elif not is_shared:
+                written, dtype = self._buffers[f"present_{stem}"], self._signature.tensors[past].dtype
+                copy_entries_over(self._memory, cache, written, shapes[past], dtype, span, self._stream)
+
+    def _reserve(self, name: str, size_bytes: int) -> bool:
+        """Keep a buffer of at least this size under a name; a bigger one moves, so all bindings start over.
+
+        Returns:
+            Is it another one than before?
+        """
         buffer = self._buffers.get(name)
         if buffer is not None and buffer.size_bytes >= size_bytes:
-            return
+            return False
         if buffer is not None:
             self._bound.clear()
             del self._buffers[name]
             buffer.free()
         self._buffers[name] = self._memory.allocate(size_bytes)
+        return True
 
-    def _bind(
-        self, arrays: Mapping[str, np.ndarray], caches: Caches, refused: Callable[[str], EngineError]
-    ) -> BoundShape:
-        shapes = {name: array.shape for name, array in arrays.items()}
+    def _bind(self, values: Values, caches: Caches, refused: Callable[[str], EngineError]) -> BoundShape:
+        shapes = {name: tuple(value.shape) for name, value in values.items()}
         shapes_key = tuple(sorted(shapes.items()))
         on_device = [(s, c.address) for s, c in sorted(caches.items()) if not isinstance(c, np.ndarray)]
-        key = (shapes_key, tuple(on_device))
+        moving = {n for n, v in values.items() if isinstance(v, DeviceTensor) and v.nbytes >= _LARGE_BYTES}
+        key = (shapes_key, tuple(on_device), frozenset(moving))
         bound = self._bound.find(key)
         if bound is None:
-            all_shapes = {**shapes, **self._signature.cache_shapes(arrays, caches)}
+            all_shapes = {**shapes, **self._signature.cache_shapes(values, caches)}
             profile = self._signature.profile_for(all_shapes)
-            self._reserve_inputs(arrays, caches)
+            self._reserve_inputs({name: value for name, value in values.items() if name not in moving}, caches)
             context = self._new_context(profile, all_shapes, refused)
             outputs = {tensor.name: tuple(context.get_tensor_shape(tensor.name)) for tensor in self._signature.results}
-            self._place(context, shapes, outputs, caches, refused)
-            bound = BoundShape(context=context, outputs=outputs, shapes=shapes_key)
+            moving |= {name for name, shape in outputs.items() if self._size_of(name, shape) >= _LARGE_BYTES}
+            fixed = {name: shape for name, shape in (shapes | outputs).items() if name not in moving}
+            self._place(context, fixed, caches, refused)
+            bound = BoundShape(context=context, outputs=outputs, shapes=shapes_key, moving=frozenset(moving))
             self._bound.add(key, bound)
         return bound
 
-    def _reserve_inputs(self, arrays: Mapping[str, np.ndarray], caches: Caches) -> None:
-        for name, array in arrays.items():
-            self._reserve(name, array.nbytes)
+    def _reserve_inputs(self, values: Values, caches: Caches) -> None:
+        for name, value in values.items():
+            self._reserve(name, value.nbytes)
         for stem, cache in caches.items():
-            if isinstance(cache, np.ndarray):
-                self._reserve(f"past_{stem}", cache.nbytes)
-                if not self._signature.is_shared(stem):
-                    self._reserve(f"present_{stem}", cache.nbytes)
+            size_bytes = cache.nbytes if isinstance(cache, np.ndarray) else cache.size_bytes
+            if isinstance(cache, np.ndarray) and self._reserve(f"past_{stem}", size_bytes):
+                # Masked entries take part in attention with weight 0, and 0 * NaN is not 0.
+                self._memory.copy_in(self._buffers[f"past_{stem}"], cache, self._stream)
+            if not self._signature.is_shared(stem):
+                self._reserve(f"present_{stem}", size_bytes)
 
     def _new_context(self, profile: int, shapes: Mapping[str, Shape], refused: Callable[[str], EngineError]) -> Any:
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -205,50 +275,22 @@ class TensorRTEngine:
         return context
 
     def _place(
-        self,
-        context: Any,
-        shapes: Mapping[str, Shape],
-        outputs: Mapping[str, Shape],
-        caches: Caches,
-        refused: Callable[[str], EngineError],
+        self, context: Any, fixed: Mapping[str, Shape], caches: Caches, refused: Callable[[str], EngineError]
     ) -> None:
-        """Give a context its addresses. Buffers first: a bigger one would move what was set before."""
-        for name, shape in outputs.items():
-            self._reserve(name, int(np.prod(shape)) * self._signature.tensors[name].dtype.itemsize)
+        """Give a context the addresses that stay. Buffers first: a bigger one would move what was set before."""
+        for name, shape in fixed.items():
+            self._reserve(name, self._size_of(name, shape))
         self._reserve(_SCRATCH, int(context.update_device_memory_size_for_shapes()))
         scratch = self._buffers[_SCRATCH]
         context.set_device_memory(scratch.address, scratch.size_bytes)
-        addresses = {name: self._buffers[name].address for name in (*shapes, *outputs)}
+        addresses = {name: self._buffers[name].address for name in fixed}
         for stem, cache in caches.items():
-            past = self._buffers[f"past_{stem}"] if isinstance(cache, np.ndarray) else cache
+            past: DeviceSpan = self._buffers[f"past_{stem}"] if isinstance(cache, np.ndarray) else cache
             present = past if self._signature.is_shared(stem) else self._buffers[f"present_{stem}"]
             addresses |= {f"past_{stem}": past.address, f"present_{stem}": present.address}
         for name, address in addresses.items():
-            if not context.set_tensor_address(name, address):
-                raise refused(f"it does not take an address for {name}")
+            self._set_address(context, name, address, refused)
 
-    def _copy_entries_in(self, stem: str, cache: np.ndarray, span: tuple[int, int] | None) -> None:
-        buffer = self._buffers[f"past_{stem}"]
-        for strip, offset_bytes in _strips(cache, 0, span[0]) if span else [(cache, 0)]:
-            self._memory.copy_in(buffer, strip, self._stream, offset_bytes)
-
-    def _copy_entries_out(self, stem: str, cache: np.ndarray, span: tuple[int, int] | None) -> None:
-        buffer = self._buffers[f"past_{stem}" if self._signature.is_shared(stem) else f"present_{stem}"]
-        for strip, offset_bytes in _strips(cache, *span) if span else [(cache, 0)]:
-            self._memory.copy_out(strip, buffer, self._stream, offset_bytes)
-
-
-def _written_span(arrays: Mapping[str, np.ndarray]) -> tuple[int, int] | None:
-    """Cache entries that the call writes, or None when the graph does not say (then the whole cache travels)."""
-    if "write_index" not in arrays or "kv_length" not in arrays:
-        return None
-    return int(arrays["write_index"].min()), int(arrays["kv_length"].max())
-
-
-def _strips(cache_BHMD: np.ndarray, start: int, end: int) -> list[tuple[np.ndarray, int]]:
-    """Contiguous views of entries start..end, one a row and head, with their offset in bytes."""
-    if start >= end:
-        return []
-    flat_NMD = cache_BHMD.reshape(-1, *cache_BHMD.shape[-2:])
-    base, entry = flat_NMD[0].nbytes, flat_NMD[0, 0].nbytes
-    return [(strip[start:end], n * base + start * entry) for n, strip in enumerate(flat_NMD)]
+    def _set_address(self, context: Any, name: str, address: int, refused: Callable[[str], EngineError]) -> None:
+        if not context.set_tensor_address(name, address):
+            raise refused(f"it does not take an address for {name}")

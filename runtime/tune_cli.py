@@ -8,22 +8,31 @@ from typing import TYPE_CHECKING
 
 import click
 
+from worldvln_edge.runtime.backend_option import backend_option
+from worldvln_edge.runtime.profile_options import also_option, own_profiles_option
+
 if TYPE_CHECKING:
+    from worldvln_edge.runtime.backends import BackendName
     from worldvln_edge.runtime.latency_model import LatencyModel
 
 
 @click.command("tune")
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@backend_option
 @click.option("--threads", type=click.IntRange(min=0), default=0, show_default=True, help="As you will serve with.")
 @click.option("--flights", type=click.IntRange(min=1), default=5, show_default=True, help="Flights per profile.")
-@click.option(
-    "--profiles",
-    "profile_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="JSON file with profiles of your own (docs/runtime.md).",
-)
+@own_profiles_option
+@also_option
 @click.option("--json", "as_json", is_flag=True, help="Print the measured times as JSON.")
-def tune_command(bundle: Path, threads: int, flights: int, profile_file: Path | None, as_json: bool) -> None:
+def tune_command(
+    bundle: Path,
+    backend: BackendName,
+    threads: int,
+    flights: int,
+    profile_file: Path | None,
+    also: tuple[Path, ...],
+    as_json: bool,
+) -> None:
     """Measure how long every profile of BUNDLE takes on this machine and keep it in the bundle.
 
     A server that finds these times chooses the deepest profile that fits a request's deadline_ms.
@@ -33,14 +42,21 @@ def tune_command(bundle: Path, threads: int, flights: int, profile_file: Path | 
     # Imported here so that `worldvln-edge tune --help` needs no engine.
     import msgspec
 
-    from worldvln_edge.generation_profile import read_profiles
+    from worldvln_edge.bundle import Bundle
+    from worldvln_edge.generation_profile import model_profiles, read_profiles
     from worldvln_edge.runtime.tune import tune_bundle
 
     profiles = read_profiles(profile_file) if profile_file is not None else {}
-    total = (flights + 1) * (3 + len(profiles))
+    total = (flights + 1) * len(model_profiles(Bundle.open_manifest(bundle).model, profiles))
     with click.progressbar(length=total, label="flights", file=sys.stderr) as progress:
         model, path = tune_bundle(
-            bundle, threads=threads, flights=flights, profiles=profiles, on_flight=lambda: progress.update(1)
+            bundle,
+            backend=backend,
+            threads=threads,
+            flights=flights,
+            profiles=profiles,
+            also=also,
+            on_flight=lambda: progress.update(1),
         )
     click.echo(msgspec.json.encode(model) if as_json else tune_table(model))
     click.echo(f"written to {path}", err=True)

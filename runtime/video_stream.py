@@ -38,6 +38,15 @@ class FrameEncoder:
         self._waiting: list[np.ndarray] = []
         self.frames_encoded = 0
 
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """Convolution states, and frames of an unfinished group."""
+        return (*(self._state or {}).values(), *self._waiting)
+
+    def finish(self) -> None:
+        """Nothing follows: free the states, and frames that wait."""
+        self._waiting, self._state = [], None
+
     def push(self, frames: list[np.ndarray]) -> list[np.ndarray]:
         """Encode what is complete: the first frame alone, later ones in groups of the temporal stride.
 
@@ -83,6 +92,15 @@ class FeatureDecoder:
         self._pixel_state: State = None
         self.latents_decoded = 0
 
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """Convolution states."""
+        return (*(self._state or {}).values(), *(self._pixel_state or {}).values())
+
+    def finish(self) -> None:
+        """Nothing follows: free the states."""
+        self._state = self._pixel_state = None
+
     def decode(self, codes_DTHW: np.ndarray, *, fetch: bool = False) -> tuple[Tensor, State]:
         """Decode the codes that follow the committed ones: features, and the state after them.
 
@@ -97,6 +115,12 @@ class FeatureDecoder:
         )
         self.latents_decoded += codes_DTHW.shape[1]
         return features, after
+
+    def branch(self, state: State) -> FeatureDecoder:
+        """A decoder that goes on from a state by itself."""
+        other = FeatureDecoder(self._engines)
+        other._state = state
+        return other
 
     def go_on_from(self, state: State) -> None:
         """Commit what `decode` returned that state for."""

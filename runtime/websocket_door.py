@@ -9,11 +9,11 @@ import asyncio
 import logging
 from collections import deque
 
-from starlette.responses import JSONResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from worldvln_edge.protocol import ERRORS, WEBSOCKET_SUBPROTOCOL, Answer, Bye, Encoding, ProtocolError
-from worldvln_edge.runtime.access import AccessRule
+from worldvln_edge.protocol import WEBSOCKET_SUBPROTOCOL, Answer, Bye, Encoding
+from worldvln_edge.runtime.entrance import Entrance, client_address
+from worldvln_edge.runtime.meter import Meter
 from worldvln_edge.runtime.native_connection import NativeConnection
 from worldvln_edge.runtime.session_manager import SessionManager
 from worldvln_edge.wire import encode
@@ -25,34 +25,23 @@ _GOING_AWAY = 1001
 class WebSocketDoor:
     """All WebSocket clients of one server."""
 
-    def __init__(self, manager: SessionManager, access: AccessRule):
-        self._manager, self._access = manager, access
+    def __init__(self, manager: SessionManager, entrance: Entrance):
+        self._manager, self._entrance = manager, entrance
         self._connections: dict[NativeConnection, Outbox] = {}
-        self._places_taken = 0
 
     async def serve(self, websocket: WebSocket) -> None:
         """One client, from the upgrade request to the close. A refused upgrade is answered with an HTTP status."""
-        try:
-            peer = self._access.peer(websocket.headers)
-            if not self._manager.is_ready:
-                raise ProtocolError("not_ready", "the server is shutting down")
-            if self._places_taken >= self._manager.limits.max_connections:
-                raise ProtocolError("overloaded", "the server has as many connections as it accepts")
-        except ProtocolError as error:
-            body = {"detail": error.msg, "code": error.code}
-            await websocket.send_denial_response(JSONResponse(body, status_code=ERRORS[error.code].http or 400))
-            return
-        self._places_taken += 1  # before anything is awaited: who connects in the meantime must find the place taken
-        try:
-            await self._serve_client(websocket, peer)
-        finally:
-            self._places_taken -= 1
+        async with self._entrance.admit(websocket) as peer:
+            if peer is not None:
+                await self._serve_client(websocket, peer)
 
     async def _serve_client(self, websocket: WebSocket, peer: str) -> None:
         offered = websocket.scope.get("subprotocols", [])
         await websocket.accept(subprotocol=WEBSOCKET_SUBPROTOCOL if WEBSOCKET_SUBPROTOCOL in offered else None)
-        outbox = Outbox(websocket, max_unsent_bytes=self._manager.limits.max_unsent_bytes)
-        connection = NativeConnection(self._manager, peer=peer, send=outbox.put)
+        outbox = Outbox(websocket, self._manager.meter, max_unsent_bytes=self._manager.limits.max_unsent_bytes)
+        connection = NativeConnection(
+            self._manager, admit=lambda hello: peer, address=peer or client_address(websocket), send=outbox.put
+        )
         self._connections[connection] = outbox
         reader = asyncio.create_task(self._read(websocket, connection))
         try:
@@ -89,8 +78,8 @@ class WebSocketDoor:
 class Outbox:
     """Messages on their way to one client. `put` never blocks; a client that does not read is cut off."""
 
-    def __init__(self, websocket: WebSocket, *, max_unsent_bytes: int):
-        self._websocket, self._max_unsent_bytes = websocket, max_unsent_bytes
+    def __init__(self, websocket: WebSocket, meter: Meter, *, max_unsent_bytes: int):
+        self._websocket, self._meter, self._max_unsent_bytes = websocket, meter, max_unsent_bytes
         self._messages: deque[tuple[bytes, Encoding]] = deque()
         self._unsent_bytes = 0
         self._filled = asyncio.Event()
@@ -123,6 +112,7 @@ class Outbox:
         self._filled.set()
         if self._unsent_bytes > self._max_unsent_bytes:
             _log.warning("a client lets %d bytes of answers pile up; it is cut off", self._unsent_bytes)
+            self._meter.cut_off("websocket")
             self.stop()
 
     async def _write(self) -> None:

@@ -8,24 +8,25 @@ Source: spec/world_model.md 6, 9.2.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from worldvln_edge.config import ModelConfig
 from worldvln_edge.generation_profile import EXACT, GenerationProfile
 from worldvln_edge.noise import step_uniforms
-from worldvln_edge.resize import area_matrix, linear_matrix
-from worldvln_edge.rope import text_rope, visual_rope
+from worldvln_edge.rope import text_rope
 from worldvln_edge.runtime.engine import Engine, Tensor
 from worldvln_edge.runtime.graphs import LATENT_EMBED, WORLD_MODEL_CONTEXT, WORLD_MODEL_STEP, cache_stems
 from worldvln_edge.runtime.kv_cache import TEXT, Key, KVCache, KVEntries
 from worldvln_edge.runtime.multiscale import ObservedClip
-from worldvln_edge.scale_schedule import Clip, ScaleSchedule, ScaleStep
+from worldvln_edge.runtime.policy import StoppedError
+from worldvln_edge.runtime.scale_tables import ScaleTables
+from worldvln_edge.scale_schedule import ScaleStep
 
 EXACT_PROFILE = GenerationProfile(name=EXACT)
+T = TypeVar("T")
 _NO_GUIDANCE = np.ones((), np.float32)  # the guided sum is then the instruction's row
 
 
@@ -37,73 +38,25 @@ class GeneratedClip:
     bits: tuple[np.ndarray, ...]  # per step: bool [T, h, w, d]
     probabilities: tuple[np.ndarray, ...]  # per step: float32 [T, h, w, d], of bit = 1
 
-
-class ScaleTables:
-    """Constant inputs of every step of a schedule, made once per policy and shared by its sessions."""
-
-    def __init__(self, config: ModelConfig):
-        self.config = config
-        latent_frames = 1 + (config.horizon.num_frames - 1) // config.video_vae.temporal_stride
-        self.schedule = ScaleSchedule(config.schedule, latent_frames)
-        self._constants: dict[int, dict[str, np.ndarray]] = {}
-        self._ropes: dict[int, np.ndarray] = {}
-        self._no_bits: dict[tuple[int, int, int], np.ndarray] = {}
-
-    def no_bits(self, step: ScaleStep) -> np.ndarray:
-        """Zeros of a step's bits, read-only: float32 [T, h, w, joint bits]."""
-        if step.thw not in self._no_bits:
-            self._no_bits[step.thw] = np.zeros((*step.thw, self.joint_bits), np.float32)
-            self._no_bits[step.thw].setflags(write=False)
-        return self._no_bits[step.thw]
-
-    def no_codes(self, clip: Clip) -> np.ndarray:
-        """Codes before the first step of a clip: float32 [1, D, T, H, W]."""
-        channels, latent_hw = self.config.world_model.latent_channels, self.config.schedule.latent_hw
-        return np.zeros((1, channels, clip.frames, *latent_hw), np.float32)
-
-    def bit_slice(self, step: ScaleStep) -> slice:
-        """Columns of the joint bit axis that this step's head owns."""
-        semantic = self.config.world_model.semantic_bits
-        return slice(0, semantic) if step.is_semantic else slice(semantic, None)
-
     @property
-    def joint_bits(self) -> int:
-        return self.config.world_model.semantic_bits + self.config.world_model.detail_bits
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """All of them."""
+        return (self.codes, *self.bits, *self.probabilities)
 
-    def constants(self, step: ScaleStep) -> dict[str, np.ndarray]:
-        """Resize matrices, masks and guidance of a step, keyed as the step graph's inputs."""
-        if step.real_scale_id not in self._constants:
-            model, generation = self.config.world_model, self.config.generation
-            (rows, cols), (_, h, w), own = self.config.schedule.latent_hw, step.thw, self.bit_slice(step)
-            bits = model.semantic_bits if step.is_semantic else model.detail_bits
-            up_channels = np.zeros((model.latent_channels, self.joint_bits), np.float32)
-            up_channels[:, own] = linear_matrix(model.latent_channels, bits)
-            bit_mask = np.zeros(self.joint_bits, np.float32)
-            bit_mask[own] = 1
-            tau = generation.tau_image if step.clip == 0 else generation.tau_video
-            self._constants[step.real_scale_id] = {
-                "area_h": area_matrix(h, rows),
-                "area_w": area_matrix(w, cols),
-                "up_channels": up_channels,
-                "up_h": linear_matrix(rows, h),
-                "up_w": linear_matrix(cols, w),
-                "bit_mask": bit_mask,
-                "code_value": np.float32(1 / np.sqrt(bits)).reshape(()),
-                "inverse_tau": np.float32(1 / tau).reshape(()),
-                "guidance": np.float32(generation.cfg).reshape(()),
-            }
-        return self._constants[step.real_scale_id]
 
-    def rope(self, step: ScaleStep) -> np.ndarray:
-        if step.real_scale_id not in self._ropes:
-            self._ropes[step.real_scale_id] = visual_rope(
-                step,
-                self.schedule.clips[step.clip].first_frame,
-                self.config.schedule.latent_hw,
-                self.config.world_model.text_max_tokens,
-                self.config.world_model.head_dim,
-            )
-        return self._ropes[step.real_scale_id]
+def run_to_end(steps: Generator[None, None, T], should_stop: Callable[[], bool] = lambda: False) -> T:
+    """What a generator returns, all its steps taken at once.
+
+    Raises:
+        StoppedError: `should_stop` said so between two steps.
+    """
+    while True:
+        if should_stop():
+            raise StoppedError("stopped between two steps of the world model")
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 class WorldModelDriver:
@@ -116,8 +69,22 @@ class WorldModelDriver:
     such a call kept before it failed stays kept.
     """
 
-    def __init__(self, engines: Mapping[str, Engine], tables: ScaleTables, cache: KVCache):
-        self._engines = engines
+    def __init__(
+        self,
+        engines: Mapping[str, Engine],
+        tables: ScaleTables,
+        cache: KVCache,
+        *,
+        step_engines: Mapping[str, Engine] | None = None,
+    ):
+        """
+        Args:
+            engines: graph name -> engine.
+            tables: of the schedule.
+            cache: of this flight.
+            step_engines: precision -> `world_model_step` for the profiles that name another than the bundle's.
+        """
+        self._engines, self._step_engines = engines, step_engines or {}
         self._tables = tables
         self._cache = cache
         self._stems = cache_stems(tables.config.world_model.depth)
@@ -125,7 +92,15 @@ class WorldModelDriver:
         self._observed: list[ObservedClip] = []
         self._draws: dict[tuple[int, int], tuple[np.ndarray, ...]] = {}
         self.token_steps = 0  # tokens per guidance row, the measure of spec/world_model.md 9.3
+        self.row_steps = 0  # the same over all rows: a step without guidance counts half of one with it
         self.calls = 0
+
+    def branch(self) -> WorldModelDriver:
+        """A driver that goes on from here by itself: it shares what was stored, and counts its own work."""
+        other = WorldModelDriver(self._engines, self._tables, self._cache.branch(), step_engines=self._step_engines)
+        other._observed = list(self._observed)
+        other._draws = dict(self._draws)
+        return other
 
     @property
     def has_text(self) -> bool:
@@ -141,6 +116,15 @@ class WorldModelDriver:
         """Keys and values that are stored, the text's included."""
         return self._cache.size_bytes
 
+    @property
+    def held(self) -> Iterator[Tensor]:
+        """Everything that the flight holds here: keys and values, observed clips, draws."""
+        yield from self._cache.held
+        for clip in self._observed:
+            yield from clip.arrays
+        for draws in self._draws.values():
+            yield from draws
+
     def set_text(self, text_embeds: np.ndarray) -> KVEntries:
         """Start over with another prompt: keys and values of the text are made, those of observed clips forgotten.
 
@@ -154,7 +138,7 @@ class WorldModelDriver:
         length = text_embeds.shape[1]
         rope = text_rope(length, self._tables.config.world_model.head_dim)
         self._cache.show([])
-        self._run(WORLD_MODEL_CONTEXT, length, self._rows, {"embeds": text_embeds, "rope": rope})
+        self._run(self._engines[WORLD_MODEL_CONTEXT], length, self._rows, {"embeds": text_embeds, "rope": rope})
         return self._cache.keep(TEXT, length, self._rows)
 
     def take_text(self, entries: KVEntries) -> None:
@@ -166,6 +150,11 @@ class WorldModelDriver:
         """The prompt changed: nothing that depends on it is kept; the observed clips are."""
         self._cache.clear()
 
+    def finish(self) -> None:
+        """No clip follows: keys, values and draws go, the observed clips are kept."""
+        self._cache.clear()
+        self._draws.clear()
+
     def clear(self) -> None:
         """Forget everything."""
         self._cache.clear()
@@ -173,8 +162,9 @@ class WorldModelDriver:
         self._draws.clear()
 
     def observe(self, observed: ObservedClip) -> None:
-        """The next clip as it was observed; what was generated in its place goes."""
+        """The next clip as it was observed; what was generated in its place goes, and what was drawn for it."""
         self._observed.append(observed)
+        self._draws = {key: draws for key, draws in self._draws.items() if key[1] >= len(self._observed)}
         before = [key for key in self.stored_scales if key[0] < len(self._observed) - 1]
         self._cache.drop_except([TEXT, *before])
         self._cache.drop_except([TEXT, *self._needed()])
@@ -224,7 +214,23 @@ class WorldModelDriver:
         record: bool = True,
         profile: GenerationProfile = EXACT_PROFILE,
     ) -> GeneratedClip:
-        """Generate one clip from what was observed before it.
+        """`generation`, from its first step to its last."""
+        steps = self.generation(
+            clip_index, seed, forced_bits=forced_bits, more_follow=more_follow, record=record, profile=profile
+        )
+        return run_to_end(steps)
+
+    def generation(
+        self,
+        clip_index: int,
+        seed: int,
+        *,
+        forced_bits: Sequence[np.ndarray] | None = None,
+        more_follow: bool = False,
+        record: bool = True,
+        profile: GenerationProfile = EXACT_PROFILE,
+    ) -> Generator[None, None, GeneratedClip]:
+        """Generate one clip from what was observed before it, a step at a time; others may use the engines in between.
 
         Args:
             clip_index: the clip; all clips before it were observed, or generated with `more_follow`.
@@ -252,6 +258,7 @@ class WorldModelDriver:
                 codes,
                 rows=rows,
                 is_guided=each.is_guided,
+                precision=profile.precision,
                 uniforms=None if draws is None else draws[step.step_in_clip],
                 forced_bits=None if forced_bits is None else forced_bits[step.step_in_clip],
                 fetch=[
@@ -266,6 +273,7 @@ class WorldModelDriver:
                 own = self._tables.bit_slice(step)
                 all_bits.append(outputs["bits"][..., own] > 0)
                 all_probabilities.append(outputs["probabilities"][..., own])
+            yield
         return GeneratedClip(codes=codes[0], bits=tuple(all_bits), probabilities=tuple(all_probabilities))
 
     def _step(
@@ -275,6 +283,7 @@ class WorldModelDriver:
         *,
         rows: int,
         is_guided: bool = True,
+        precision: str | None = None,
         uniforms: np.ndarray | None,
         forced_bits: np.ndarray | None,
         fetch: Collection[str],
@@ -286,6 +295,7 @@ class WorldModelDriver:
             codes: float32 [1, D, T, H, W].
             rows: guidance rows to run.
             is_guided: False: the instruction's row alone decides.
+            precision: of the weights; None: the bundle's.
             uniforms: float32 [T, h, w, joint bits]; None only with forced bits.
             forced_bits: bool [T, h, w, d] that replace the draws.
             fetch: outputs that are wanted on the host.
@@ -305,7 +315,8 @@ class WorldModelDriver:
         }
         if not is_guided:
             inputs["guidance"] = _NO_GUIDANCE
-        return self._run(WORLD_MODEL_STEP, step.tokens, rows, inputs, fetch=fetch)
+        engine = self._step_engines.get(precision or "", self._engines[WORLD_MODEL_STEP])
+        return self._run(engine, step.tokens, rows, inputs, fetch=fetch)
 
     def _needed(self) -> set[Key]:
         """What later clips refer to, and what the missing part of that refers to in turn."""
@@ -333,7 +344,8 @@ class WorldModelDriver:
         tokens = np.repeat(self._observed[clip].inputs[step.step_in_clip][None], rows, axis=0)
         embeds = self._engines[LATENT_EMBED].run({"latents": tokens}, fetch=())["embeds"]
         self._cache.show([TEXT, *references])
-        self._run(WORLD_MODEL_CONTEXT, step.tokens, rows, {"embeds": embeds, "rope": self._tables.rope(step)})
+        context = self._engines[WORLD_MODEL_CONTEXT]
+        self._run(context, step.tokens, rows, {"embeds": embeds, "rope": self._tables.rope(step)})
         self._cache.keep(key, step.tokens, rows)
 
     def _clip_draws(self, clip_index: int, seed: int) -> tuple[np.ndarray, ...]:
@@ -346,12 +358,14 @@ class WorldModelDriver:
                 width = uniforms[..., own].shape[-1]
                 uniforms[..., own] = step_uniforms(seed, clip_index, step.step_in_clip, step.thw, width)
                 draws.append(uniforms)
+            # Draws of a seed that was replaced are not wanted any more.
+            self._draws = {known: drawn for known, drawn in self._draws.items() if known[0] == seed}
             self._draws[key] = tuple(draws)
         return self._draws[key]
 
     def _run(
         self,
-        graph: str,
+        engine: Engine,
         tokens: int,
         rows: int,
         inputs: dict[str, Tensor],
@@ -362,7 +376,8 @@ class WorldModelDriver:
         inputs["write_index"] = np.full(rows, start, np.int64)
         inputs["kv_length"] = np.full(rows, end, np.int64)
         buffers = self._cache.workspace.memory.buffers(rows)
-        results = self._engines[graph].run(inputs, dict(zip(self._stems, buffers, strict=True)), fetch=fetch)
+        results = engine.run(inputs, dict(zip(self._stems, buffers, strict=True)), fetch=fetch)
         self.token_steps += tokens
+        self.row_steps += tokens * rows
         self.calls += 1
         return results

@@ -9,8 +9,7 @@ Source: spec/world_model.md 7, 9.2; spec/video_vae.md 8; spec/action_decoder.md 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,9 +19,13 @@ from worldvln_edge.runtime import graphs
 from worldvln_edge.runtime.engine import Tensor
 from worldvln_edge.runtime.kv_cache import KVCache
 from worldvln_edge.runtime.multiscale import ObservedClip, join_parts, quantise
-from worldvln_edge.runtime.policy import ActionChunk, Emit, NonFiniteActionsError
+from worldvln_edge.runtime.policy import ActionChunk, Emit, check_restorable
+from worldvln_edge.runtime.segment_generation import Basis, GeneratedSegment, generate_segment
+from worldvln_edge.runtime.session_memory import held_bytes
+from worldvln_edge.runtime.speculation import SpeculationReport, Speculator
+from worldvln_edge.runtime.stage_clock import StageClock
 from worldvln_edge.runtime.video_stream import FeatureDecoder, FrameEncoder
-from worldvln_edge.runtime.world_model import GeneratedClip, WorldModelDriver
+from worldvln_edge.runtime.world_model import GeneratedClip, WorldModelDriver, run_to_end
 
 if TYPE_CHECKING:
     from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy
@@ -45,13 +48,16 @@ class WorldVLNSession:
         self._seed, self._emit, self._record = seed, emit, record
         self._encoder = FrameEncoder(policy.engines, self._config.video_vae.temporal_stride)
         self._decoder = FeatureDecoder(policy.engines)
-        self._driver = WorldModelDriver(policy.engines, policy.tables, KVCache(policy.workspace))
+        self._driver = WorldModelDriver(
+            policy.engines, policy.tables, KVCache(policy.workspace), step_engines=policy.step_engines
+        )
         self._latents: list[np.ndarray] = []  # encoded, not yet part of an observed clip
         self._parts: list[ObservedClip] = []  # of the clip that is being observed
         self._clips: list[ObservedClip] = []
         tokens = policy.input_dtype(graphs.ACTION_HEAD, "tokens")
         self._context_tokens = np.zeros((0, *self._token_shape), tokens)
-        self._timings_ms: dict[str, float] = {}
+        self._clock = StageClock()
+        self._speculator = Speculator(policy)
         self.profile = policy.profile
         """How deep the segments still to come are generated; may be replaced by another of `policy.profiles`."""
         self.frames = 0
@@ -82,10 +88,30 @@ class WorldVLNSession:
         return self._driver.kv_bytes
 
     @property
+    def held_bytes(self) -> int:
+        """See `PolicySession.held_bytes`; with `record` there is more to hold than `WorldVLNPolicy.session_bytes`."""
+        return held_bytes(self._held())
+
+    def _held(self) -> Iterator[Tensor]:
+        yield from (*self._encoder.held, *self._decoder.held, *self._driver.held)
+        yield from (*self._latents, self._context_tokens)
+        for clip in (*self._parts, *self._clips):
+            yield from clip.arrays
+        for generated in self.last_prediction:
+            yield from generated.arrays
+        yield from self._speculator.held
+
+    @property
+    def speculated(self) -> SpeculationReport:
+        """What speculation did in this flight (`WorldVLNPolicy.speculation`)."""
+        return self._speculator.report
+
+    @property
     def counters(self) -> dict[str, int]:
         """Work done so far in this flight (spec/world_model.md 9.3)."""
         return {
             "token_steps": self._driver.token_steps,
+            "row_steps": self._driver.row_steps,
             "world_model_calls": self._driver.calls,
             "frames_encoded": self._encoder.frames_encoded,
             "latents_decoded": self._decoder.latents_decoded,
@@ -107,56 +133,118 @@ class WorldVLNSession:
         """Replace the prompt for the segments still to come: keys and values are made anew, bit labels stay."""
         if prompt != self._prompt:
             self._prompt = prompt
-            self._driver.forget_text()
+            self._forget_text()
+
+    def set_negative_prompt(self, negative_prompt: str) -> None:
+        """Replace the negative prompt, with the same effect."""
+        if negative_prompt != self._negative_prompt:
+            self._negative_prompt = negative_prompt
+            self._forget_text()
+
+    def set_seed(self, seed: int) -> None:
+        """Replace the seed of the segments still to come; draws that were made ahead for the old one are not used."""
+        self._seed = seed
 
     def close(self) -> None:
+        """Free everything but the last prediction."""
+        self._free_what_follows_would_need()
         self._driver.clear()
         self._clips.clear()
         self._parts.clear()
+
+    def _free_what_follows_would_need(self) -> None:
+        """Keys and values, draws, convolution states; bit labels and codes stay (recorder, parity tests)."""
+        self._speculator.close()
+        self._driver.finish()
+        self._encoder.finish()
+        self._decoder.finish()
         self._latents.clear()
 
-    @property
-    def least_s(self) -> float | None:
+    def least_s(self, new_frames: int = 0) -> float | None:
         """See `PolicySession.least_s`."""
         chooser = self._policy.chooser
-        return None if chooser is None or self.done else chooser.least_seconds(self.profile, self.emitted + 1)
+        if chooser is None or self.done:
+            return None
+        least_s = chooser.least_seconds(self.profile, self.emitted + 1)
+        return None if least_s is None else least_s + chooser.seconds_of_frames(self._useful(new_frames))
 
-    def observe(self, frames: Sequence[np.ndarray], *, budget_s: float | None = None) -> ActionChunk | None:
+    def observe(
+        self,
+        frames: Sequence[np.ndarray],
+        *,
+        budget_s: float | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> ActionChunk | None:
         """See `PolicySession.observe`."""
         start = time.perf_counter()
         with self._policy.turn:
             if not self._take_frames(frames):
                 return None
             spent_s = time.perf_counter() - start
-            return self._emit_segment(self.emitted + 1, None if budget_s is None else budget_s - spent_s)
+            left_s = None if budget_s is None else budget_s - spent_s
+            return self._emit_segment(self.emitted + 1, left_s, should_stop)
+
+    def restore(self, frames: Sequence[np.ndarray], emitted: int) -> None:
+        """See `PolicySession.restore`."""
+        check_restorable(self, frames, emitted)
+        points, taken = self._config.horizon.points, 0
+        with self._policy.turn:
+            for segment in range(emitted + 1):
+                self._take_frames(frames[taken : points[segment]])
+                taken = points[segment]
+                if self.frames < taken:
+                    raise ValueError(f"segment {emitted} cannot rest on {len(frames)} frames")
+                self.emitted = segment
+            self._take_frames(frames[taken:])
+        self._clock.take()  # nobody waited for a segment here
 
     def _take_frames(self, frames: Sequence[np.ndarray]) -> bool:
         """Encode what is new. Is the next segment ready?"""
         horizon = self._config.horizon
         for frame in frames:
             check_rgb(frame)
-        # Frames behind the last segment's start are counted, not encoded: nothing that comes later could use them.
-        useful = max(0, horizon.points[-2] - self.frames)
-        with self._timed("preprocess"):
-            ready = [transform(frame, self._config.image_hw) for frame in frames[:useful]]
-        with self._timed("vae_encoder"):
+        start, encoded = time.perf_counter(), self._encoder.frames_encoded
+        with self._clock("preprocess"):
+            ready = [transform(frame, self._config.image_hw) for frame in frames[: self._useful(len(frames))]]
+        with self._clock("vae_encoder"):
             latents = self._encoder.push(ready)
         self._latents += latents
         self.frames = min(horizon.num_frames, self.frames + len(frames))
         self._take_latents()
+        encoded = self._encoder.frames_encoded - encoded
+        if encoded and self._policy.chooser is not None:
+            self._policy.chooser.add_frames(encoded, time.perf_counter() - start)
         return not self.done and self.need == 0
 
-    def work_ahead(self) -> None:
+    def _useful(self, new_frames: int) -> int:
+        """How many of the next frames are encoded: those behind the last segment's start are counted only."""
+        return min(new_frames, max(0, self._config.horizon.points[-2] - self.frames))
+
+    def work_ahead(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """See `PolicySession.work_ahead`."""
         if self.done:
-            return
+            return False
         with self._policy.turn:
-            timings, self._timings_ms = self._timings_ms, {}  # nobody waited for this, so no segment is charged for it
+            clock, self._clock = self._clock, StageClock()  # nobody waits for this, so no segment is charged for it
             try:
                 self._prepare_text()
-                self._driver.work_ahead(self._clips_of(self.emitted + 1), self._seed, self.profile)
+                self._driver.work_ahead(self._policy.clips_of(self.emitted + 1), self._seed, self.profile)
             finally:
-                self._timings_ms = timings
+                self._clock = clock
+            if self._emit == "behind" or self.need == 0:
+                return False  # frames are ahead of what could be predicted
+            return self._speculator.advance(
+                self._driver,
+                self._decoder,
+                observed_clips=len(self._clips),
+                seed=self._seed,
+                profile=self.profile,
+                should_stop=should_stop,
+            )
+
+    def _forget_text(self) -> None:
+        self._driver.forget_text()
+        self._speculator.drop()
 
     def _take_latents(self) -> None:
         """Quantise and decode what was encoded, up to where the next segment starts.
@@ -164,7 +252,7 @@ class WorldVLNSession:
         A segment rests on the frames up to its start, even when later ones are already here.
         """
         while not self.done:
-            end = self._latent_end(self._config.horizon.points[self.emitted + 1])
+            end = self._policy.latent_end(self._config.horizon.points[self.emitted + 1])
             taken = self._taken
             clip = self._policy.tables.schedule.clips[len(self._clips)]
             # Features are needed of the last frames in front of a segment only, so the others are decoded apart.
@@ -176,15 +264,18 @@ class WorldVLNSession:
             self._take(count, with_tokens=taken >= tail)
 
     def _take(self, count: int, *, with_tokens: bool) -> None:
-        clip = self._policy.tables.schedule.clips[len(self._clips)]
-        with self._timed("quantiser"):
-            part = quantise(np.stack(self._latents[:count], 1), clip, self._config.world_model)
-        with self._timed("vae_decoder"):
+        schedule = self._policy.tables.schedule
+        clip = schedule.clips[len(self._clips)]
+        scales = schedule.scales_referred_to(clip.index)
+        with self._clock("quantiser"):
+            part = quantise(np.stack(self._latents[:count], 1), clip, self._config.world_model, scales=scales)
+        with self._clock("vae_decoder"):
             features, decoder_state = self._decoder.decode(part.codes)
         tokens = self._context_tokens
         if with_tokens:
-            with self._timed("action_decoder"):
-                tokens = np.concatenate([tokens, self._adapter(features)])[-self._config.action_decoder.left_context :]
+            with self._clock("action_decoder"):
+                new = self._policy.tokens(features)
+                tokens = np.concatenate([tokens, new])[-self._config.action_decoder.left_context :]
         # Everything was computed, so everything is taken over.
         del self._latents[:count]
         self._parts.append(part)
@@ -207,78 +298,57 @@ class WorldVLNSession:
         """Latent frames that hold the context frames of a segment."""
         return -(-self._config.action_decoder.left_context // self._config.video_vae.temporal_stride)
 
-    def _latent_end(self, frames: int) -> int:
-        """Latent frames of that many frames."""
-        return 1 + (frames - 1) // self._config.video_vae.temporal_stride
+    def _emit_segment(self, segment: int, budget_s: float | None, should_stop: Callable[[], bool]) -> ActionChunk:
+        start = time.perf_counter()
+        made, reason = self._speculator.take(segment, seed=self._seed, profile=self.profile, clips=self._clips)
+        if made is None:
+            made, reason = self._generated(segment, budget_s, should_stop, start)
+        self.emitted, self.last_prediction = segment, made.clips
+        self.last_segment_s = time.perf_counter() - start
+        self._speculator.follow(made)
+        if self.done:
+            self._free_what_follows_would_need()
+        return ActionChunk(
+            segment=segment,
+            actions=made.actions,
+            observed_frames=self.frames,
+            seed=self._seed,
+            profile=made.profile.name,
+            profile_reason=reason,
+            timings_ms=self._clock.take(),
+        )
 
-    def _emit_segment(self, segment: int, budget_s: float | None) -> ActionChunk:
-        points = self._config.horizon.points
-        observed, following = points[segment], points[segment + 1]
-        start, chooser = time.perf_counter(), self._policy.chooser
-        profile, reason = self.profile, ""
+    def _generated(
+        self, segment: int, budget_s: float | None, should_stop: Callable[[], bool], start: float
+    ) -> tuple[GeneratedSegment, str]:
+        """The segment from the frames that were observed, and why with that profile."""
+        profile, reason, chooser = self.profile, "", self._policy.chooser
         if budget_s is not None and chooser is not None:
             choice = chooser.choose(profile, segment, budget_s)
             profile, reason = choice.profile, choice.reason
         self._prepare_text()
-        indices = self._clips_of(segment)
-        with self._timed("world_model_context"):
-            self._driver.prepare(indices[0], profile)
-        with self._timed("world_model_step"):
-            generated = tuple(
-                self._driver.generate(
-                    index, self._seed, more_follow=index != indices[-1], record=self._record, profile=profile
-                )
-                for index in indices
-            )
-        with self._timed("vae_decoder"):
-            features = self._decoder.peek(np.concatenate([clip.codes for clip in generated], axis=1))
-        with self._timed("action_decoder"):
-            tokens = np.concatenate([self._context_tokens, self._adapter(features)])
-            actions = self._policy.actions(tokens, observed, following)
-        timings, self._timings_ms = self._timings_ms, {}
-        if not np.isfinite(actions).all():
-            raise NonFiniteActionsError(f"segment {segment}: the action decoder gave NaN or infinity")
-        self.emitted, self.last_prediction = segment, generated
-        self.last_segment_s = time.perf_counter() - start
-        if chooser is not None:
-            chooser.add(profile, segment, self.last_segment_s)
-        if self.done:
-            self._driver.forget_text()  # and with it all keys and values
-        return ActionChunk(
-            segment=segment,
-            actions=actions,
-            observed_frames=self.frames,
+        basis = Basis(driver=self._driver, decoder=self._decoder, context_tokens=self._context_tokens)
+        steps = generate_segment(
+            self._policy,
+            basis,
+            segment,
             seed=self._seed,
-            profile=profile.name,
-            profile_reason=reason,
-            timings_ms=timings,
+            profile=profile,
+            record=self._record or self._speculator.is_on,
+            clock=self._clock,
         )
+        made = run_to_end(steps, should_stop)
+        if chooser is not None:
+            chooser.add(profile, segment, time.perf_counter() - start)
+        return made, reason
 
     def _prepare_text(self) -> None:
         if self._driver.has_text:
             return
-        with self._timed("text_encoder"):
+        with self._clock("text_encoder"):
             known = self._policy.texts.get(self._prompt, self._negative_prompt)
             if known is not None:
                 self._driver.take_text(known)
                 return
             entries = self._driver.set_text(self._policy.encode_text(self._prompt, self._negative_prompt))
             self._policy.texts.put(self._prompt, self._negative_prompt, entries)
-
-    def _clips_of(self, segment: int) -> list[int]:
-        """Clips that a segment generates."""
-        points = self._config.horizon.points
-        first, end = self._latent_end(points[segment]), self._latent_end(points[segment + 1])
-        return [clip.index for clip in self._policy.tables.schedule.clips if first <= clip.first_frame < end]
-
-    def _adapter(self, features: Tensor) -> np.ndarray:
-        return self._policy.engines[graphs.ACTION_ADAPTER].run({"features": features})["tokens"]
-
-    @contextmanager
-    def _timed(self, stage: str):
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent_ms = (time.perf_counter() - start) * 1e3
-            self._timings_ms[stage] = self._timings_ms.get(stage, 0.0) + spent_ms

@@ -7,7 +7,9 @@ from collections import Counter
 
 import numpy as np
 
-from worldvln_edge.runtime.device_memory import DeviceMemoryError, check_span
+from worldvln_edge.runtime.device_memory import DeviceMemoryError, DeviceSpan, Strips, check_span
+
+_ALIGNMENT = 256
 
 
 class _Thing:
@@ -96,17 +98,22 @@ class FakeStream(_Thing):
 
 
 class FakeMemory:
-    """Device memory whose addresses are keys of host arrays; counts what is done and what is alive.
+    """Device memory whose addresses are those of host arrays; counts what is done and what is alive.
 
-    `refuses_captures` is "", "begin" or "end": where a capture fails. `most_buffers` bounds the allocations.
+    ONNX Runtime's CPU provider can therefore stand in for the one of the device. `refuses_captures` is "", "begin" or
+    "end": where a capture fails. `most_buffers` bounds the allocations.
     """
+
+    name = "Fake GPU"
+    free_bytes = 8 << 30
 
     def __init__(self, compute_capability: str = "sm89", can_capture: bool = True):
         self.compute_capability, self.can_capture = compute_capability, can_capture
         self.spaces: dict[int, np.ndarray] = {}
         self.alive: Counter[str] = Counter()
-        self.next_address = 1 << 20
-        self.bytes_in = self.bytes_out = self.waits = self.captures = self.tried_captures = self.launches = 0
+        self.bytes_in = self.bytes_out = self.bytes_inside = self.waits = self.captures = self.tried_captures = (
+            self.launches
+        ) = 0
         self.captured: list | None = None
         self.refuses_captures = ""
         self.most_buffers = 1 << 30
@@ -123,20 +130,43 @@ class FakeMemory:
     def allocate(self, size_bytes: int) -> FakeBuffer:
         if self.alive["buffer"] >= self.most_buffers:
             raise DeviceMemoryError("CUDA call cuMemAlloc failed with CUDA_ERROR_OUT_OF_MEMORY; free memory")
-        address, self.next_address = self.next_address, self.next_address + size_bytes + 256
-        self.spaces[address] = np.zeros(size_bytes, np.uint8)
+        block = np.zeros(size_bytes + _ALIGNMENT, np.uint8)
+        start = -block.ctypes.data % _ALIGNMENT
+        space = block[start : start + size_bytes]
+        space[:] = 0xFF  # NaN: nobody may count on what lies in new memory
+        address = block.ctypes.data + start
+        self.spaces[address] = space
         return FakeBuffer(self, address, size_bytes)
 
     def copy_in(self, buffer, array, stream, offset_bytes: int = 0) -> None:
         check_span(buffer, array, offset_bytes)
         self.refuse_while_capturing("cuMemcpyHtoDAsync")
-        self.spaces[buffer.address][offset_bytes : offset_bytes + array.nbytes] = array.reshape(-1).view(np.uint8)
+        self.bytes_at(buffer)[offset_bytes : offset_bytes + array.nbytes] = array.reshape(-1).view(np.uint8)
         self.bytes_in += array.nbytes
 
     def copy_out(self, array, buffer, stream, offset_bytes: int = 0) -> None:
         check_span(buffer, array, offset_bytes)
-        array.reshape(-1).view(np.uint8)[:] = self.spaces[buffer.address][offset_bytes : offset_bytes + array.nbytes]
+        array.reshape(-1).view(np.uint8)[:] = self.bytes_at(buffer)[offset_bytes : offset_bytes + array.nbytes]
         self.bytes_out += array.nbytes
+
+    def copy_strips(
+        self, target: Strips, source: Strips, *, planes: int, rows: int, width_bytes: int, stream: FakeStream
+    ) -> None:
+        for strips in (target, source):
+            strips.check(planes, rows, width_bytes)
+        self.refuse_while_capturing("cuMemcpy3DAsync")
+        for plane in range(planes):
+            for row in range(rows):
+                self._strip(target, plane, row, width_bytes)[:] = self._strip(source, plane, row, width_bytes)
+        self.bytes_inside += planes * rows * width_bytes
+
+    def _strip(self, strips: Strips, plane: int, row: int, width_bytes: int) -> np.ndarray:
+        start = strips.offset_bytes + (plane * strips.plane_rows + row) * strips.row_bytes
+        return self.bytes_at(strips.span)[start : start + width_bytes]
+
+    def bytes_at(self, span: DeviceSpan) -> np.ndarray:
+        """All bytes of a span. KeyError for memory that was given back."""
+        return self.view(span.address, np.uint8, (span.size_bytes,))
 
     def stream(self) -> FakeStream:
         return FakeStream(self, self.can_capture)
@@ -150,4 +180,7 @@ class FakeMemory:
     def view(self, address: int, dtype, shape: tuple[int, ...]) -> np.ndarray:
         """What lies at an address; writes through. KeyError for memory that was given back."""
         count = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return self.spaces[address][:count].view(dtype).reshape(shape)
+        for base, space in self.spaces.items():
+            if base <= address and address + count <= base + space.size:
+                return space[address - base : address - base + count].view(dtype).reshape(shape)
+        raise KeyError(f"{count} bytes at {address} are nobody's")

@@ -93,10 +93,11 @@ class FakeContext:
         return 100 * next(iter(self.shapes.values()), (1,))[0]
 
     def set_device_memory(self, address: int, size_bytes: int) -> None:
-        assert self.memory.spaces[address].size == size_bytes
+        self.memory.view(address, np.uint8, (size_bytes,))
         self.scratch = address
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address % 256 == 0
         self.addresses[name] = address
         return True
 
@@ -124,10 +125,10 @@ _DATA_TYPES = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64"}
 
 
 class GraphEngine(FakeEngine):
-    """An ONNX graph as an engine: any shape goes, caches are shared."""
+    """An ONNX graph as an engine: any shape goes, caches are shared unless it is portable."""
 
-    def __init__(self, memory: FakeMemory, path: Path):
-        super().__init__(memory)
+    def __init__(self, memory: FakeMemory, path: Path, *, is_portable: bool = False):
+        super().__init__(memory, is_portable)
         graph = onnx.load_model(path, load_external_data=False).graph
         self.inputs, self.outputs = ([value.name for value in values] for values in (graph.input, graph.output))
         self.names = (*self.inputs, *self.outputs)
@@ -136,7 +137,9 @@ class GraphEngine(FakeEngine):
         self.shapes = {n: tuple(d.dim_value or -1 for d in t.shape.dim) for n, t in types.items()}
         self.dtypes = {n: helper.tensor_dtype_to_np_dtype(t.elem_type) for n, t in types.items()}
         self.profiles = (None,)
-        self.session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # it would say for every cache and call that the write is not made in place
+        self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def get_tensor_mode(self, name: str) -> str:
         return "in" if name in self.inputs else "out"
@@ -152,7 +155,8 @@ class GraphEngine(FakeEngine):
         return low, low, high
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
-        return name.replace("present_", "past_") if name.startswith("present_") else None
+        is_shared = name.startswith("present_") and not self.is_portable
+        return name.replace("present_", "past_") if is_shared else None
 
     def create_execution_context(self, strategy: str) -> "GraphContext":
         context = GraphContext(self)

@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from worldvln_edge.runtime.profile_options import also_option, own_profiles_option
+from worldvln_edge.training.profile_options import own_profiles, profile_option, refuse_without_bundle
+
 if TYPE_CHECKING:
     from worldvln_edge.training.flight_run import FlightRun
 
+_DEFAULT_SERVER = "ws://127.0.0.1:8001"
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _KEY_FILE = click.option(
     "--key-file",
@@ -19,7 +23,11 @@ _KEY_FILE = click.option(
 
 
 @click.command("fly")
-@click.option("--server", default="ws://127.0.0.1:8001", show_default=True, metavar="URL", help="Native WebSocket.")
+@click.option("--server", metavar="URL", help=f"Fly through this native WebSocket.  [default: {_DEFAULT_SERVER}]")
+@click.option("--bundle", type=_FOLDER, help="Start a server of this bundle, fly through it, and stop it.")
+@profile_option
+@own_profiles_option
+@also_option
 @click.option(
     "--tasks", "tasks_path", type=click.Path(path_type=Path), required=True, help="A task file, a list, or a folder."
 )
@@ -36,7 +44,11 @@ _KEY_FILE = click.option(
 @_KEY_FILE
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def fly_command(
-    server: str,
+    server: str | None,
+    bundle: Path | None,
+    profile: str | None,
+    profile_file: Path | None,
+    also: tuple[Path, ...],
     tasks_path: Path,
     out: Path,
     seed: int,
@@ -49,19 +61,44 @@ def fly_command(
 
     Example: worldvln-edge fly --server ws://127.0.0.1:8001 --tasks tasks.json --out runs/fly
     """
+    from dataclasses import replace
+
+    from worldvln_edge.generation_profile import EXACT
     from worldvln_edge.tasks import read_task_list
     from worldvln_edge.training.flight_run import FlightRunConfig, fly_tasks
 
+    if server is not None and bundle is not None:
+        raise click.UsageError("give either --server URL or --bundle DIR")
+    refuse_without_bundle(bundle, profile, profile_file, also)
     tasks = read_task_list(tasks_path)
     config = FlightRunConfig(
-        server=server, key=_first_key(key_file), seed=seed, frame_format=frame_format, with_video=with_video
+        server=server or _DEFAULT_SERVER,
+        key=_first_key(key_file),
+        seed=seed,
+        frame_format=frame_format,
+        with_video=with_video,
     )
-    _print_run(fly_tasks(tasks, out, config), as_json)
+    if bundle is None:
+        _print_run(fly_tasks(tasks, out, config), as_json)
+        return
+
+    from worldvln_edge.training.evaluation import check_bundle
+    from worldvln_edge.training.served_bundle import serve_bundle
+
+    name = profile or EXACT
+    check_bundle(bundle, name, own_profiles(profile_file))  # a wrong one is refused without a server
+    out.mkdir(parents=True, exist_ok=True)
+    with serve_bundle(bundle, out / "server.log", profile=name, profile_file=profile_file, also=also) as started:
+        run = fly_tasks(tasks, out, replace(config, server=started.url))
+    _print_run(run, as_json)
 
 
 @click.command("eval")
 @click.option("--bundle", type=_FOLDER, help="Fly this bundle in process; or give --server.")
 @click.option("--server", metavar="URL", help="Fly through this server; or give --bundle.")
+@profile_option
+@own_profiles_option
+@also_option
 @click.option("--split", type=click.Choice(["validation", "test"]), default="test", show_default=True)
 @click.option("--count", type=click.IntRange(min=1), default=100, show_default=True, help="Tasks; kinds take turns.")
 @click.option("--first", type=click.IntRange(min=0), default=0, show_default=True, help="Index of the first task.")
@@ -83,6 +120,9 @@ def fly_command(
 def eval_command(
     bundle: Path | None,
     server: str | None,
+    profile: str | None,
+    profile_file: Path | None,
+    also: tuple[Path, ...],
     split: Literal["validation", "test"],
     count: int,
     first: int,
@@ -102,16 +142,19 @@ def eval_command(
     from tqdm import tqdm
 
     from worldvln_edge.atomic import atomic_file
+    from worldvln_edge.generation_profile import EXACT
     from worldvln_edge.training.baselines import read_action_tables
     from worldvln_edge.training.evaluation import BundlePilot, RemotePilot, check_bundle, check_server, evaluate
     from worldvln_edge.training.evaluation_tables import evaluation_markdown
     from worldvln_edge.training.flight_report import write_json
     from worldvln_edge.training.sim.tasks import generate_task
 
+    refuse_without_bundle(bundle, profile, profile_file, also)
     source: BundlePilot | RemotePilot
     if bundle is not None and server is None:
-        check_bundle(bundle)
-        source = BundlePilot(folder=bundle)
+        own = own_profiles(profile_file)
+        check_bundle(bundle, profile or EXACT, own)
+        source = BundlePilot(folder=bundle, profile=profile or EXACT, profiles=own, also=also)
     elif server is not None and bundle is None:
         key = _first_key(key_file)
         check_server(server, key)

@@ -42,6 +42,11 @@ class Pilot(Protocol):
         """Size of the frames that it wants to see."""
         ...
 
+    @property
+    def profile(self) -> str | None:
+        """Generation profile of the last segment; None before the first one, and where nothing is generated."""
+        ...
+
     def start(self, task: Task, seed: int) -> None:
         """Begin a flight; a policy reads nothing of the task but its instruction."""
         ...
@@ -67,6 +72,7 @@ class ServerPilot:
             raise ValueError("the client is not connected; use it as a context manager")
         self._client = client
         self.points, self.image_hw = tuple(client.welcome.points), tuple(client.welcome.image.hw)
+        self.profile: str | None = None
 
     def start(self, task: Task, seed: int) -> None:
         self._client.start(task.instruction, seed=seed)
@@ -77,6 +83,7 @@ class ServerPilot:
             raise FlightError(
                 f"the server holds {answer.frames} frames and gave no actions; it wants {answer.need} more"
             )
+        self.profile = answer.profile
         return answer.actions
 
     def end(self) -> None:
@@ -91,6 +98,7 @@ class PolicyPilot:
         self._policy = policy
         self._session: PolicySession | None = None
         self.points, self.image_hw = policy.info.horizon.points, policy.info.image_hw
+        self.profile: str | None = None
 
     def start(self, task: Task, seed: int) -> None:
         self.end()
@@ -102,6 +110,7 @@ class PolicyPilot:
         chunk = self._session.observe(frames)
         if chunk is None:
             raise FlightError(f"the policy holds {self._session.frames} frames and gave no actions")
+        self.profile = chunk.profile
         return chunk.actions
 
     def end(self) -> None:
@@ -114,6 +123,7 @@ class ReplayPilot:
     """Flies actions that were fixed before the flight, whatever it sees: experts and baselines."""
 
     image_hw = (16, 16)  # nobody looks
+    profile = None
 
     def __init__(self, actions_of_task: Callable[[Task], np.ndarray], *, num_actions: int):
         """
@@ -154,6 +164,7 @@ class FlownFlight:
     poses: np.ndarray  # float64 [T, 6], achieved
     actions: np.ndarray  # float64 [N, 6], commanded
     latency_ms: tuple[float, ...]  # per segment, wall time of `observe` on the client's side
+    profiles: tuple[str, ...]  # generation profiles that were flown, each once; empty where nothing was generated
     score: FlightScore
 
     @property
@@ -194,6 +205,7 @@ def fly_task(
     frames = [simulator.reset(task.initial_pos, task.seed)]
     flown: list[np.ndarray] = []
     latency_ms: list[float] = []
+    profiles: dict[str, None] = {}
     collided, unseen = False, 0
     try:
         pilot.start(heard, seed)
@@ -201,6 +213,8 @@ def fly_task(
             began = time.perf_counter()
             actions = np.asarray(pilot.observe(frames[unseen:]), np.float64)
             latency_ms.append((time.perf_counter() - began) * 1e3)
+            if pilot.profile is not None:
+                profiles[pilot.profile] = None
             unseen = len(frames)
             wanted = pilot.points[segment + 1] - pilot.points[segment]
             if actions.shape != (wanted, 6) or not np.isfinite(actions).all():
@@ -226,6 +240,7 @@ def fly_task(
         poses=simulator.poses,
         actions=np.concatenate(flown),
         latency_ms=tuple(latency_ms),
+        profiles=tuple(profiles),
         score=score_flight(task, simulator.poses, collided),
     )
 

@@ -8,19 +8,20 @@ Source: spec/training.md 8.6, last paragraph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
 from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from worldvln_edge.bundle import Bundle
 from worldvln_edge.client import AnswerTimeoutError, ServerError, ServerUnreachableError, SessionClient
+from worldvln_edge.generation_profile import EXACT, GenerationProfile, find_profile, model_profiles
 from worldvln_edge.tasks import Task
 from worldvln_edge.training.baselines import ActionTables, shuffled_instructions
 from worldvln_edge.training.closed_loop import (
@@ -37,6 +38,9 @@ from worldvln_edge.training.closed_loop import (
 )
 from worldvln_edge.training.flight_statistics import EvalFlight, outcome_tree, pairing
 
+if TYPE_CHECKING:
+    from worldvln_edge.runtime.backends import BackendName
+
 POLICY, SHUFFLED, EXPERT = "policy", "shuffled text", "expert"
 ZERO, MEAN, MEAN_KIND, MEAN_MAGNITUDE = "zero", "mean", "mean per kind", "mean per kind and magnitude"
 ROWS = (POLICY, SHUFFLED, EXPERT, ZERO, MEAN, MEAN_KIND, MEAN_MAGNITUDE)
@@ -51,13 +55,26 @@ class BundlePilot:
 
     folder: Path
     threads: int = 1
+    profile: str = EXACT
+    profiles: Mapping[str, GenerationProfile] = field(default_factory=dict)  # besides the built-in ones
+    backend: BackendName = "cpu"
+    also: tuple[Path, ...] = ()  # other exports of the same checkpoint, for profiles that name their precision
 
     @contextmanager
     def __call__(self) -> Iterator[Pilot]:
         # Imported here: flying through a server needs no inference engine.
         from worldvln_edge.runtime.worldvln_policy import load_policy
 
-        yield PolicyPilot(load_policy(self.folder, threads=self.threads))
+        policy = load_policy(
+            self.folder,
+            backend=self.backend,
+            threads=self.threads,
+            profile=self.profile,
+            profiles=self.profiles,
+            also=self.also,
+        )
+        with closing(policy):
+            yield PolicyPilot(policy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +97,18 @@ class Evaluation:
     rows: dict[str, tuple[EvalFlight, ...]]
     seed: int
 
+    @property
+    def profiles(self) -> tuple[str, ...]:
+        """Generation profiles that the policy was flown with."""
+        return tuple(dict.fromkeys(profile for flight in self.rows[POLICY] for profile in flight.profiles))
+
     def to_json(self, **about: Any) -> dict[str, Any]:
         """Everything as a JSON-able mapping; `about` goes in front (bundle, split, ...)."""
         policy = self.rows[POLICY]
         return {
             **about,
             "seed": self.seed,
+            "profiles": self.profiles,
             "tasks": len(policy),
             "rows": {name: outcome_tree(flights) for name, flights in self.rows.items()},
             "policy_against": {name: pairing(policy, flights) for name, flights in self.rows.items() if name != POLICY},
@@ -101,6 +124,7 @@ def evaluate(
     seed: int = 0,
     workers: int = 1,
     show_progress: bool = True,
+    label: str = "eval",
 ) -> Evaluation:
     """Fly every task under every row.
 
@@ -111,6 +135,7 @@ def evaluate(
         seed: of the policy's draws; mixed with each task's own.
         workers: processes.
         show_progress: a bar on stderr.
+        label: of that bar.
 
     Raises:
         FlightError: a task that cannot be flown, tables of another flight length, or a server that failed.
@@ -123,7 +148,7 @@ def evaluate(
     jobs = _jobs(tasks, tables, seed)
     flown: dict[int, dict[str, EvalFlight]] = {}
     total = sum(len(job.tasks) for job in jobs)
-    with tqdm(total=total, desc="eval", unit="task", disable=not show_progress, smoothing=0.1) as bar:
+    with tqdm(total=total, desc=label, unit="task", disable=not show_progress, smoothing=0.1) as bar:
 
         def take(results: dict[int, dict[str, EvalFlight]]) -> None:
             flown.update(results)
@@ -150,9 +175,19 @@ def evaluate(
     return Evaluation(rows={name: tuple(flown[i][name] for i in range(len(tasks))) for name in names}, seed=seed)
 
 
-def check_bundle(folder: Path) -> None:
-    """Raise BundleError unless the bundle is whole: here, once, rather than in every worker."""
-    Bundle.open(folder)
+def check_bundle(folder: Path, profile: str = EXACT, profiles: Mapping[str, GenerationProfile] | None = None) -> None:
+    """See that a bundle can be flown: here, once, rather than in every worker.
+
+    Args:
+        folder: of the bundle.
+        profile: that it will be flown with.
+        profiles: besides the built-in ones.
+
+    Raises:
+        BundleError: it is not whole.
+        ConfigError: an unknown profile, or one that does not fit the model.
+    """
+    find_profile(model_profiles(Bundle.open(folder).manifest.model, profiles), profile)
 
 
 def check_server(server: str, key: str | None) -> None:
@@ -240,6 +275,7 @@ def _fly(
         final_distance_m=round(flight.score.final_distance_m, 4),
         final_yaw_error_deg=round(flight.score.final_yaw_error_deg, 3),
         latency_ms=tuple(round(ms, 2) for ms in flight.latency_ms) if row in (POLICY, SHUFFLED) else (),
+        profiles=flight.profiles,
     )
 
 

@@ -21,9 +21,10 @@ def evaluation_markdown(evaluation: Evaluation, title: str) -> str:
         parts += ["Motion tasks (the text says it all) and landmark tasks (the goal must be seen):", _by_group(trees)]
     parts += ["By kind:", _by_kind(trees)]
     latencies_ms = [ms for flight in evaluation.rows[POLICY] for ms in flight.latency_ms]
+    flown = f" with profile {', '.join(evaluation.profiles)}" if evaluation.profiles else ""
     parts.append(
-        f"{sum(latencies_ms) / len(latencies_ms) / 1e3:.2f} s per segment on average. Success intervals are 95 % "
-        "(Wilson). `policy nearer`: share of tasks on which the policy ended nearer to the goal than this row."
+        f"{sum(latencies_ms) / len(latencies_ms) / 1e3:.2f} s per segment on average{flown}. Success intervals are "
+        "95 % (Wilson). `policy nearer`: share of tasks on which the policy ended nearer to the goal than this row."
     )
     return "\n\n".join(parts) + "\n"
 

@@ -52,6 +52,8 @@ class FlightSummary(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     model: str
     server: str
     seed: int
+    profiles: tuple[str, ...]
+    """Generation profiles that were flown."""
     seconds_per_segment: float
     """Mean wall time of a segment on the client's side."""
     server_rss_mb: float | None = None
@@ -95,6 +97,7 @@ def summarise(
         model=model,
         server=server,
         seed=seed,
+        profiles=tuple(dict.fromkeys(profile for flight in flights for profile in flight.profiles)),
         seconds_per_segment=round(float(np.mean(latencies_ms)) / 1e3, 4),
         **measured,
     )
@@ -161,6 +164,7 @@ def summary_table(summary: FlightSummary) -> str:
     return text_table(header, rows, numbers_from=4) + (
         f"\n{succeeded} of {len(summary.flights)} flights succeeded ({summary.success_rate:.0%}); "
         f"{summary.seconds_per_segment:.2f} s per segment"
+        + (f", profile {', '.join(summary.profiles)}" if summary.profiles else "")
     )
 
 

@@ -29,6 +29,8 @@ class EvalFlight(msgspec.Struct, frozen=True, kw_only=True):
     final_distance_m: float
     final_yaw_error_deg: float
     latency_ms: tuple[float, ...] = ()
+    profiles: tuple[str, ...] = ()
+    """Generation profiles that were flown; empty where nothing was generated."""
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,6 +45,17 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     median_distance_m: float
     mean_yaw_error_deg: float
     median_yaw_error_deg: float
+
+
+class Difference(msgspec.Struct, frozen=True, kw_only=True):
+    """Share of tasks that succeed under one row minus that under another, with its 95 % interval."""
+
+    difference: float
+    interval: tuple[float, float]
+    gained: int
+    """Tasks that succeed under the first row only."""
+    lost: int
+    """Tasks that succeed under the second row only."""
 
 
 class Pairing(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,6 +79,31 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = _Z_95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
     return round(max(0.0, centre - half), 4), round(min(1.0, centre + half), 4)
+
+
+def success_difference(row: Sequence[EvalFlight], other: Sequence[EvalFlight]) -> Difference:
+    """Success of `row` minus that of `other`, on the same tasks.
+
+    The interval is that of Agresti and Min for matched pairs (2005): Wald's, after half a task was added to each of the
+    four outcomes of a pair. Tasks that end alike under both rows make it narrower, not wider.
+
+    Raises:
+        ValueError: the rows do not hold the same tasks in the same order, or none.
+    """
+    _check_pairs(row, other)
+    if not row:
+        raise ValueError("no tasks to compare success on")
+    gained = sum(a.success and not b.success for a, b in zip(row, other, strict=True))
+    lost = sum(b.success and not a.success for a, b in zip(row, other, strict=True))
+    tasks, difference = len(row) + 2, gained - lost
+    centre = difference / tasks
+    half = _Z_95 * math.sqrt(gained + lost + 1 - difference**2 / tasks) / tasks
+    return Difference(
+        difference=round(difference / len(row), 4),
+        interval=(round(max(-1.0, centre - half), 4), round(min(1.0, centre + half), 4)),
+        gained=gained,
+        lost=lost,
+    )
 
 
 def outcome(flights: Sequence[EvalFlight]) -> Outcome:
@@ -104,8 +142,7 @@ def pairing(policy: Sequence[EvalFlight], other: Sequence[EvalFlight]) -> Pairin
     Raises:
         ValueError: the rows do not hold the same tasks in the same order.
     """
-    if [flight.task for flight in policy] != [flight.task for flight in other]:
-        raise ValueError("only rows with the same tasks in the same order can be compared in pairs")
+    _check_pairs(policy, other)
     distance = np.array([b.final_distance_m - a.final_distance_m for a, b in zip(policy, other, strict=True)])
     yaw = np.array([b.final_yaw_error_deg - a.final_yaw_error_deg for a, b in zip(policy, other, strict=True)])
     return Pairing(
@@ -116,6 +153,11 @@ def pairing(policy: Sequence[EvalFlight], other: Sequence[EvalFlight]) -> Pairin
         yaw_gain_deg=round(float(yaw.mean()), 3),
         yaw_gain_error_deg=_standard_error(yaw),
     )
+
+
+def _check_pairs(row: Sequence[EvalFlight], other: Sequence[EvalFlight]) -> None:
+    if [flight.task for flight in row] != [flight.task for flight in other]:
+        raise ValueError("only rows with the same tasks in the same order can be compared in pairs")
 
 
 def _share_won(gains: np.ndarray) -> float:

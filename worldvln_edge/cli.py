@@ -41,13 +41,28 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         "worldvln_edge.export.bench_export:bench_export_command", "export", "Measure exports at real size."
     ),
     "serve": Subcommand("worldvln_edge.runtime.cli:serve_command", "cpu,serve", "Serve a bundle to drones."),
+    "keygen": Subcommand("worldvln_edge.keygen_cli:keygen_command", "zmq", "Make CURVE keys for ZeroMQ."),
     "bench": Subcommand("worldvln_edge.runtime.bench_cli:bench_command", "cpu", "Time a bundle, stage by stage."),
+    "bench-serve": Subcommand(
+        "worldvln_edge.runtime.serve_load_cli:bench_serve_command", "serve", "Time the server itself, under load."
+    ),
+    "soak": Subcommand(
+        "worldvln_edge.runtime.soak_cli:soak_command", "cpu", "Fly a bundle for long, and see that nothing grows."
+    ),
     "tune": Subcommand(
         "worldvln_edge.runtime.tune_cli:tune_command", "cpu", "Time a bundle's profiles, so that deadlines can choose."
     ),
     "fly": Subcommand("worldvln_edge.training.cli:fly_command", "sim", "Fly tasks in the simulator against a server."),
     "eval": Subcommand("worldvln_edge.training.cli:eval_command", "sim", "Fly a set of tasks and report the metrics."),
+    "profiles": Subcommand(
+        "worldvln_edge.training.profiles_cli:profiles_command", "cpu,sim", "Measure what profiles save and cost."
+    ),
     "train": Subcommand("worldvln_edge.training.cli:train_command", "train", "Train the models, stage by stage."),
+    "speculation": Subcommand(
+        "worldvln_edge.training.speculation_cli:speculation_command",
+        "cpu,sim",
+        "Measure segments that are generated ahead.",
+    ),
     "sim": Subcommand("worldvln_edge.training.sim.cli:sim", "sim", "Run and inspect the simulator."),
     "demo": Subcommand(
         "worldvln_edge.training.cli:demo_command", "sim", "Export the packaged model, serve it, and fly held-out tasks."
@@ -62,6 +77,9 @@ _EXTRA_OF_MODULE = {
     "tokenizers": "cpu",
     "starlette": "serve",
     "uvicorn": "serve",
+    "prometheus_client": "serve",
+    "zmq": "zmq",
+    "opentelemetry": "otel",
     "onnx": "export",
     "onnxscript": "export",
     "tensorrt": "tensorrt",

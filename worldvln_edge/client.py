@@ -6,91 +6,64 @@
         while not answer.done:
             answer = client.observe([step_and_read(action) for action in answer.actions])
 
-A lost connection is opened again and the unanswered request repeated; the protocol makes that safe.
+The same over WebSocket (ws://, wss://) and ZeroMQ (tcp://, ipc://): the address chooses. A lost connection is opened
+again and the unanswered request repeated; the protocol makes that safe. `async_client.py` has the same for programs
+with an event loop.
 Source: spec/session_protocol.md 7.1 to 7.5.
 """
 
 from __future__ import annotations
 
-import io
-import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from PIL import Image
 
-from worldvln_edge.connection import (
-    A,
-    AnswerTimeoutError,
-    ConnectionLostError,
-    ServerConnection,
-    ServerError,
-    ServerUnreachableError,
-    session_url,
-)
-from worldvln_edge.images import check_rgb
-from worldvln_edge.protocol import (
-    UNSET,
-    Actions,
-    Encoding,
-    End,
-    Observe,
-    Ping,
-    Pong,
-    Request,
-    SessionState,
-    StageTimes,
-    Start,
-    Welcome,
-)
+from worldvln_edge.client_errors import AnswerTimeoutError, ServerAddressError, ServerError, ServerUnreachableError
+from worldvln_edge.client_flight import REPORTED, ActionAnswer, Close, Exchange, Flight, FrameFormat, Open, Step, Steps
+from worldvln_edge.connection import ServerConnection
+from worldvln_edge.conversation import ConnectionConfig
+from worldvln_edge.protocol import Actions, Encoding, Ping, Pong, Request, SessionState, Welcome
+from worldvln_edge.server_address import server_url
+from worldvln_edge.tls_trust import TrustFileError, client_context
 
-__all__ = ["ActionAnswer", "AnswerTimeoutError", "ServerError", "ServerUnreachableError", "SessionClient"]
+if TYPE_CHECKING:
+    from worldvln_edge.curve_keys import CurveClientKeys  # needs pyzmq
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ActionAnswer:
-    """What came back for an observation."""
-
-    segment: int
-    """Emitted segment, -1 if none was ready: send `need` more frames."""
-    actions: np.ndarray
-    """float32 [step, 6] (or [0, 6]), cm and deg, order poses.ACTION_ORDER, to be applied translation first."""
-    frames: int
-    need: int
-    done: bool
-    """All segments were emitted; these actions are the last and still have to be executed."""
-    head: str
-    seed: int
-    server_ms: StageTimes
-    t_ns: int | None
-    is_late: bool
-    hold: str | None
-    """Why the safety envelope replaced the actions by zero motion; None if it did not."""
-    profile: str | None = None
-    """Generation profile that was flown; None where no segment was emitted."""
-    why: str | None = None
-    """Why that profile, where the deadline chose it."""
+__all__ = [
+    "ActionAnswer",
+    "AnswerTimeoutError",
+    "ServerAddressError",
+    "ServerError",
+    "ServerUnreachableError",
+    "SessionClient",
+    "TrustFileError",
+]
 
 
 class SessionClient:
     """One connection, one session at a time. Not thread-safe.
 
     Args:
-        url: `ws://host:port`, `wss://...` or `host:port`; without a path, the native protocol's is used.
+        url: `ws://host:port`, `wss://...` or `host:port` (without a path, the native protocol's is used);
+            `tcp://host:port` or `ipc:///path` for ZeroMQ.
         key: API key.
+        curve: CURVE keys, for a ZeroMQ server that has them.
+        ca_file: PEM file with the authorities to trust behind wss://; None: those of this system.
         encoding: how messages are written; msgpack is smaller and faster.
         frame_format: how arrays are sent: `jpeg` (small) or `rgb8` (exact, 3 bytes a pixel).
         jpeg_quality: 1..95.
         connect_timeout_s: for one attempt.
         answer_timeout_s: longest wait for one answer.
         reconnect_s: how long to try again after a lost connection; 0 does not try.
-        proxy: URL of an HTTP or SOCKS proxy; None connects directly, whatever the environment says.
+        proxy: URL of an HTTP or SOCKS proxy (WebSocket); None connects directly, whatever the environment says.
+
+    Raises:
+        ServerAddressError: the URL is none of these.
+        TrustFileError: `ca_file` cannot be read, or the URL is not wss://.
     """
 
     def __init__(
@@ -98,28 +71,29 @@ class SessionClient:
         url: str,
         key: str | None = None,
         *,
+        curve: CurveClientKeys | None = None,
+        ca_file: Path | str | None = None,
         encoding: Encoding = "msgpack",
-        frame_format: Literal["jpeg", "rgb8"] = "jpeg",
+        frame_format: FrameFormat = "jpeg",
         jpeg_quality: int = 90,
         connect_timeout_s: float = 10.0,
         answer_timeout_s: float = 600.0,
         reconnect_s: float = 30.0,
         proxy: str | None = None,
     ):
-        self.url = session_url(url)
-        self._frame_format, self._jpeg_quality = frame_format, jpeg_quality
-        self._reconnect_s = reconnect_s
-        self._connect = lambda: ServerConnection(
-            self.url,
+        self.url = server_url(url)
+        self._config = ConnectionConfig(
+            url=self.url,
             key=key,
+            curve=curve,
+            tls=client_context(self.url, ca_file),
             encoding=encoding,
             connect_timeout_s=connect_timeout_s,
             answer_timeout_s=answer_timeout_s,
             proxy=proxy,
         )
+        self._flight = Flight(self.url, frame_format=frame_format, jpeg_quality=jpeg_quality, reconnect_s=reconnect_s)
         self._connection: ServerConnection | None = None
-        self._session: str | None = None
-        self._frames, self._emitted, self._done = 0, -1, False
 
     @property
     def welcome(self) -> Welcome | None:
@@ -129,10 +103,10 @@ class SessionClient:
     @property
     def session(self) -> str | None:
         """Name of the session, to resume it from another client; None before `start`."""
-        return self._session
+        return self._flight.session
 
     def __enter__(self) -> SessionClient:
-        self._connection = self._connect()
+        self._connection = ServerConnection(self._config)
         return self
 
     def __exit__(
@@ -155,6 +129,8 @@ class SessionClient:
         negative_prompt: str = "",
         emit: Literal["ahead", "behind"] = "ahead",
         resume: bool = False,
+        chain: bool = False,
+        max_horizons: int | None = None,
     ) -> SessionState:
         """Open a session, replacing one of the same name, or resume one.
 
@@ -162,23 +138,24 @@ class SessionClient:
             prompt: the instruction; not needed to resume.
             session: its name; default: a random one.
             emit: `ahead` plans from the first frame of a segment, `behind` waits until its last.
+            chain: go on behind the model's horizon, for as long as frames come.
+            max_horizons: of a chained session; None: as many as the server allows.
 
         Raises:
             ServerError, ServerUnreachableError.
         """
-        name = session if session is not None else secrets.token_hex(16)
-        request = Start(
-            id=0,
-            session=name,
-            prompt=prompt,
+        request = self._flight.start_request(
+            prompt,
+            session=session,
             seed=seed,
             negative_prompt=negative_prompt,
             emit=emit,
             resume=resume,
+            chain=chain,
+            max_horizons=max_horizons,
         )
         state = self._ask(request, SessionState)
-        self._session, self._frames, self._emitted = name, state.frames, state.emitted
-        self._done = state.state == "done"
+        self._flight.started(request, state)
         return state
 
     def observe(
@@ -208,94 +185,52 @@ class SessionClient:
             ServerUnreachableError: the connection was lost and could not be opened again.
             ValueError: a frame is neither encoded bytes nor uint8 [H, W, 3], or `start` was not called.
         """
-        if self._session is None:
-            raise ValueError("no session; call start(prompt) first")
-        if segment is None and not self._done:
-            segment = self._emitted + 1  # named, so that repeating the request can never emit two segments
-        images, size = self._encode_frames(frames)
-        request = Observe(
-            id=0,
-            session=self._session,
-            first=self._frames + 1 if first is None else first,
-            frames=images,
-            fmt="auto" if size is None else "rgb8",
-            h=None if size is None else size[0],
-            w=None if size is None else size[1],
-            seg=segment,
-            prompt=prompt,
-            deadline_ms=deadline_ms,
-            t_ns=None if t_ns is None else [int(value) for value in t_ns],
-            poses=None if poses is None else [tuple(float(value) for value in pose) for pose in poses],  # type: ignore[misc]
+        request = self._flight.observe_request(
+            frames, first=first, segment=segment, prompt=prompt, deadline_ms=deadline_ms, t_ns=t_ns, poses=poses
         )
         try:
             answer = self._ask(request, Actions)
         except ServerError as error:
-            if error.frames is not None:
-                self._frames = error.frames
+            self._flight.refused(error)
             raise
-        self._frames, self._done = answer.frames, answer.done
-        self._emitted = max(self._emitted, answer.seg)
-        return ActionAnswer(
-            segment=answer.seg,
-            actions=np.asarray(answer.actions, dtype=np.float32).reshape(-1, 6),
-            frames=answer.frames,
-            need=answer.need,
-            done=answer.done,
-            head=answer.head,
-            seed=answer.seed,
-            server_ms=answer.ms,
-            t_ns=None if answer.t_ns is UNSET else answer.t_ns,
-            is_late=answer.late is True,
-            hold=None if answer.hold is UNSET else answer.hold,
-            profile=None if answer.profile is UNSET else answer.profile,
-            why=None if answer.why is UNSET else answer.why,
-        )
+        return self._flight.observed(answer)
 
     def end(self) -> SessionState:
         """Free the session on the server. Harmless if it is gone already."""
-        if self._session is None:
-            raise ValueError("no session; call start(prompt) first")
-        state = self._ask(End(id=0, session=self._session), SessionState)
-        self._session, self._frames, self._emitted, self._done = None, 0, -1, False
+        state = self._ask(self._flight.end_request(), SessionState)
+        self._flight.ended()
         return state
 
     def ping(self) -> Pong:
         """The server's clock, load and readiness."""
         return self._ask(Ping(id=0, t_ns=time.time_ns()), Pong)
 
-    def _encode_frames(self, frames: Sequence[np.ndarray | bytes]) -> tuple[list[bytes], tuple[int, int] | None]:
-        """Images of one message, and (H, W) if they are raw rgb8."""
-        arrays = [check_rgb(frame) for frame in frames if not isinstance(frame, bytes)]
-        if self._frame_format == "jpeg" or not arrays:
-            return [frame if isinstance(frame, bytes) else self._jpeg(frame) for frame in frames], None
-        if len(arrays) < len(frames) or len({array.shape for array in arrays}) > 1:
-            raise ValueError("with frame_format='rgb8' all frames of a call must be arrays of one size")
-        return [np.ascontiguousarray(array).tobytes() for array in arrays], arrays[0].shape[:2]
+    def _ask(self, request: Request, kind: type) -> Any:
+        steps = self._flight.ask(request, kind, is_open=self._connection is not None)
+        return self._carry_out(steps)
 
-    def _jpeg(self, image_HW3: np.ndarray) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(image_HW3).save(buffer, "JPEG", quality=self._jpeg_quality)
-        return buffer.getvalue()
-
-    def _ask(self, request: Request, kind: type[A]) -> A:
-        """Send and wait for the answer; after a lost connection open it again, resume, and send again."""
-        give_up_s: float | None = None
-        pause_s = _FIRST_PAUSE_S
+    def _carry_out(self, steps: Steps) -> Any:
+        result: Any = None
+        failure: Exception | None = None
         while True:
             try:
-                if self._connection is None:
-                    self._connection = self._connect()
-                    if self._session is not None and not isinstance(request, Start | End):
-                        self._connection.exchange(Start(id=0, session=self._session, resume=True), SessionState)
-                return self._connection.exchange(request, kind)
-            except AnswerTimeoutError:
-                self.close()
-                raise
-            except (ConnectionLostError, ServerUnreachableError) as lost:
-                self.close()
-                now_s = time.monotonic()
-                give_up_s = now_s + self._reconnect_s if give_up_s is None else give_up_s
-                if now_s + pause_s > give_up_s:
-                    raise ServerUnreachableError(self.url, lost) from lost
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                step = steps.send(result) if failure is None else steps.throw(failure)
+            except StopIteration as end:
+                return end.value
+            result, failure = None, None
+            try:
+                result = self._do(step)
+            except REPORTED as error:
+                failure = error
+
+    def _do(self, step: Step) -> Any:
+        if isinstance(step, Exchange):
+            assert self._connection is not None, "steps open a connection first"
+            return self._connection.exchange(step.request, step.kind)
+        if isinstance(step, Open):
+            self._connection = ServerConnection(self._config)
+        elif isinstance(step, Close):
+            self.close()
+        else:
+            time.sleep(step.seconds)
+        return None

@@ -2,7 +2,7 @@
 
 `exact` is the model as it was trained. The others leave out repetitions of a scale, the finest scales (what is left of
 the clip is the upsampled sum of the coarser ones), or the unconditional row of fine scales. What that costs in quality
-is measured for every model, not assumed: see docs/runtime.md.
+is measured for every model, not assumed (`worldvln-edge profiles`): see docs/runtime.md.
 
 Legend: S scales of a clip.
 Source: spec/world_model.md 6, 9.5.
@@ -10,13 +10,13 @@ Source: spec/world_model.md 6, 9.5.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from worldvln_edge.config import ConfigError, ScheduleConfig
+from worldvln_edge.config import ConfigError, ModelConfig, ScheduleConfig
 from worldvln_edge.scale_schedule import Clip, ScaleStep
 
 EXACT = "exact"
@@ -32,6 +32,8 @@ class GenerationProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     """Finest scales that are not generated."""
     guided_scales: int | None = None
     """Coarsest scales that are guided; finer ones run without the unconditional row. None: all."""
+    precision: str | None = None
+    """Of the world model's weights, from another loaded export of the same checkpoint. None: the bundle's."""
 
     def __post_init__(self) -> None:
         if not self.name or self.name != self.name.strip():
@@ -47,7 +49,8 @@ class GenerationProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
     @property
     def is_exact(self) -> bool:
-        return self.max_repetitions is None and not self.skipped_scales and self.guided_scales is None
+        is_whole = self.max_repetitions is None and not self.skipped_scales and self.guided_scales is None
+        return is_whole and self.precision is None
 
     def check(self, schedule: ScheduleConfig, *, clips_per_segment: int) -> None:
         """Raise ConfigError when the profile does not fit a model's schedule."""
@@ -93,20 +96,52 @@ class ProfileStep:
     is_guided: bool
 
 
-def built_in_profiles(schedule: ScheduleConfig) -> dict[str, GenerationProfile]:
+def built_in_profiles(schedule: ScheduleConfig, *, clips_per_segment: int = 1) -> dict[str, GenerationProfile]:
     """`exact`, `balanced` and `fast` for a schedule, deepest first.
 
-    balanced: every scale once, fine (detail) scales without guidance. fast: every scale once, no guidance, and the
-    scales of the last two doublings of the grid left out.
+    balanced: every scale once, fine (detail) scales without guidance; where the schedule runs every scale once anyway,
+    no guidance, and the finest scale left out. fast: every scale once, no guidance, and the scales of the last doubling
+    of the grid left out. They are meant to be 2 and 5 times faster than `exact` where the world model takes the time;
+    docs/runtime.md says how far they are, and at what quality.
+
+    Args:
+        schedule: of the model.
+        clips_per_segment: clips of one segment refer to each other's scales, so with several of them `balanced` leaves
+            out none, and there is no `fast`.
     """
     rows = [h for h, _ in schedule.scale_hw]
-    fine = sum(1 for h in rows if h > rows[-1] / 2)
-    profiles = (
-        GenerationProfile(name=EXACT),
-        GenerationProfile(name="balanced", max_repetitions=1, guided_scales=schedule.semantic_scales),
-        GenerationProfile(name="fast", max_repetitions=1, guided_scales=0, skipped_scales=min(fine, len(rows) - 1)),
-    )
+    fine = min(sum(1 for h in rows if h > rows[-1] / 2), len(rows) - 1)
+    if max(schedule.video_repetition) > 1:
+        balanced = GenerationProfile(name="balanced", max_repetitions=1, guided_scales=schedule.semantic_scales)
+    else:
+        finest = min(1, fine) if clips_per_segment == 1 else 0
+        balanced = GenerationProfile(name="balanced", max_repetitions=1, guided_scales=0, skipped_scales=finest)
+    profiles = [GenerationProfile(name=EXACT), balanced]
+    if clips_per_segment == 1:
+        profiles.append(GenerationProfile(name="fast", max_repetitions=1, guided_scales=0, skipped_scales=fine))
     return {profile.name: profile for profile in profiles}
+
+
+def model_profiles(
+    config: ModelConfig, own: Mapping[str, GenerationProfile] | None = None
+) -> dict[str, GenerationProfile]:
+    """The built-in profiles that a model can be flown with, deepest first, and behind them `own`.
+
+    Raises:
+        ConfigError: one of `own` does not fit the model.
+    """
+    clips = config.horizon.step // config.video_vae.temporal_stride // config.schedule.frames_inner_clip
+    profiles = {**built_in_profiles(config.schedule, clips_per_segment=clips), **(own or {})}
+    for profile in profiles.values():
+        profile.check(config.schedule, clips_per_segment=clips)
+    return profiles
+
+
+def find_profile(profiles: Mapping[str, GenerationProfile], name: str) -> GenerationProfile:
+    """The profile of that name. Raises ConfigError when there is none."""
+    if name not in profiles:
+        raise ConfigError(f"unknown profile {name!r}; choose one of {', '.join(profiles)}")
+    return profiles[name]
 
 
 def read_profiles(path: Path) -> dict[str, GenerationProfile]:

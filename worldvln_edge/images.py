@@ -130,8 +130,31 @@ def _decode(data: bytes, header: ImageHeader) -> np.ndarray:
         return np.array(image.convert("RGB"))
 
 
+def fit_frame(image_HW3: np.ndarray, target_hw: tuple[int, int]) -> np.ndarray:
+    """Cover the target keeping the aspect (LANCZOS), then cut its centre: uint8 [*target_hw, 3].
+
+    A frame that has the target's size is returned as it is, so fitting twice changes nothing.
+
+    Args:
+        image_HW3: uint8 RGB.
+        target_hw: network size.
+
+    Raises:
+        ValueError: not uint8 [H, W, 3].
+    """
+    (th, tw), (h, w) = target_hw, check_rgb(image_HW3).shape[:2]
+    if (h, w) == (th, tw):
+        return image_HW3
+    # Kept in this order of operations: int() cuts, so another rounding would give another size.
+    rw, rh = (tw, int(tw / (w / h))) if w / h <= tw / th else (int((w / h) * th), th)
+    rw, rh = max(rw, tw), max(rh, th)
+    resized = np.asarray(Image.fromarray(image_HW3).resize((rw, rh), Image.Resampling.LANCZOS))
+    y0, x0 = (rh - th) // 2, (rw - tw) // 2
+    return np.ascontiguousarray(resized[y0 : y0 + th, x0 : x0 + tw])
+
+
 def transform(image_HW3: np.ndarray, target_hw: tuple[int, int]) -> np.ndarray:
-    """What the VAE reads: cover the target keeping the aspect (LANCZOS), centre crop, scale to [-1, 1].
+    """What the VAE reads: the fitted frame, scaled to [-1, 1].
 
     Args:
         image_HW3: uint8 RGB.
@@ -143,14 +166,11 @@ def transform(image_HW3: np.ndarray, target_hw: tuple[int, int]) -> np.ndarray:
     Raises:
         ValueError: not uint8 [H, W, 3].
     """
-    (th, tw), (h, w) = target_hw, check_rgb(image_HW3).shape[:2]
-    # Kept in this order of operations: int() cuts, so another rounding would give another size.
-    rw, rh = (tw, int(tw / (w / h))) if w / h <= tw / th else (int((w / h) * th), th)
-    rw, rh = max(rw, tw), max(rh, th)
-    resized = np.asarray(Image.fromarray(image_HW3).resize((rw, rh), Image.Resampling.LANCZOS))
-    y0, x0 = (rh - th) // 2, (rw - tw) // 2
-    x = resized[y0 : y0 + th, x0 : x0 + tw].transpose(2, 0, 1).astype(np.float32) / np.float32(255.0)
-    return np.ascontiguousarray(x + x - np.float32(1.0))
+    x = fit_frame(image_HW3, target_hw).transpose(2, 0, 1).astype(np.float32, order="C")
+    x /= np.float32(255.0)
+    x += x
+    x -= np.float32(1.0)
+    return x
 
 
 def rgb_head_input(

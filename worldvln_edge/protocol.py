@@ -15,11 +15,15 @@ from msgspec import UNSET, Meta, UnsetType
 PROTOCOL_VERSION = 1
 WEBSOCKET_PATH = "/v1/session"
 WEBSOCKET_SUBPROTOCOL = "worldvln.v1"
+ZMQ_PORT = 8003
 
 Encoding = Literal["msgpack", "json"]
 SessionPhase = Literal["open", "done", "ended"]
 
 RequestId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+# Far above every limit; longer lists are refused before they take memory.
+_MAX_LIST = 4096
+_Listed = Meta(max_length=_MAX_LIST)
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
 
@@ -107,13 +111,21 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_open_sessions_per_key: int = 64
     """Sessions that are not done yet; counts only where keys are used."""
     max_stored_bytes: int = 2**30
-    """Decoded frames that wait for inference, over all sessions."""
+    """Decoded frames that wait for inference, over all sessions; a server with little memory keeps fewer."""
     session_ttl_s: float = 600
     min_idle_s: float = 60
     """A session that was active within this time is never dropped to make room."""
+    max_horizons: int = 64
+    """Of one chained session."""
     max_in_flight: int = 4
+    max_requests_per_s: float = 0
+    """Of one key, or of one address where no keys are used; 0 is no limit."""
     max_queue: int = 64
     max_connections: int = 512
+    headers_within_s: float = 10
+    """Headers of an HTTP request or a WebSocket upgrade."""
+    body_within_s: float = 15
+    """Body of an HTTP request."""
     max_unsent_bytes: int = 8 * 2**20
     """A connection whose reader lets more than this pile up is closed."""
 
@@ -123,7 +135,7 @@ class _Request(msgspec.Struct, tag_field="t", kw_only=True, omit_defaults=True):
 
 
 class Hello(_Request, tag="hello"):
-    v: list[int]
+    v: Annotated[list[int], _Listed]
     client: str = ""
     key: str | None = None
 
@@ -135,12 +147,16 @@ class Start(_Request, tag="start"):
     negative_prompt: str = ""
     emit: Literal["ahead", "behind"] = "ahead"
     resume: bool = False
+    chain: bool = False
+    """Go on behind the model's horizon: its last frame is the first of the next one."""
+    max_horizons: Annotated[int, Meta(ge=1, le=2**16)] | None = None
+    """Of a chained session; None: as many as the server allows (`limits.max_horizons`)."""
 
 
 class Observe(_Request, tag="observe"):
     session: str
     first: Annotated[int, Meta(ge=1, le=2**31)]
-    frames: list[Any]
+    frames: Annotated[list[Any], _Listed]
     """Each frame is bytes (msgpack) or a base64/data-URL string (JSON); checked where it is decoded, because frames
     that are already stored are ignored unread."""
     fmt: Literal["auto", "rgb8"] = "auto"
@@ -149,8 +165,8 @@ class Observe(_Request, tag="observe"):
     seg: Annotated[int, Meta(ge=0, le=2**31)] | None = None
     prompt: str | None = None
     deadline_ms: float | None = None
-    t_ns: list[Int64] | None = None
-    poses: list[tuple[float, float, float, float, float, float]] | None = None
+    t_ns: Annotated[list[Int64], _Listed] | None = None
+    poses: Annotated[list[tuple[float, float, float, float, float, float]], _Listed] | None = None
 
 
 class End(_Request, tag="end"):
@@ -253,6 +269,8 @@ class Actions(_Answer, tag="actions"):
     """Capture time of the newest frame that the answer rests on, when the client gave one."""
     late: bool | UnsetType = UNSET
     hold: str | UnsetType = UNSET
+    settled: bool | UnsetType = UNSET
+    """Chained sessions: the drone has hardly moved for some steps, so it has probably arrived."""
 
 
 class Pong(_Answer, tag="pong"):

@@ -8,8 +8,7 @@ Source: spec/session_protocol.md 7 (Encoding), 7.7, 7.8.
 from __future__ import annotations
 
 import math
-import re as regex
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -33,6 +32,10 @@ class _IdOnly(msgspec.Struct):
     id: RequestId | None = None
 
 
+class _FramesOnly(msgspec.Struct):
+    frames: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=4096)] = []
+
+
 _REQUEST_DECODERS: dict[Encoding, Any] = {
     "msgpack": msgspec.msgpack.Decoder(Request),
     "json": msgspec.json.Decoder(Request),
@@ -43,10 +46,13 @@ _ANSWER_DECODERS: dict[Encoding, Any] = {
     "json": msgspec.json.Decoder(Answer),
 }
 _ENCODERS: dict[Encoding, Any] = {"msgpack": msgspec.msgpack.Encoder(), "json": msgspec.json.Encoder()}
+_FRAMES_DECODER = msgspec.msgpack.Decoder(_FramesOnly)
+_CONTAINERS = frozenset(bytes([kind]) for kind in (*range(0x80, 0xA0), 0xDC, 0xDD, 0xDE, 0xDF))
 # DecodeError and UnicodeDecodeError are ValueErrors; RecursionError is how msgspec refuses absurd nesting.
 _MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-# A string that never ends reaches to the end of the data, or every quote in it would be tried as a start.
-_JSON_STRING_OR_BRACKET = regex.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|[\[\]{}]', regex.DOTALL)
+_MAX_BRACKETS = 100_000
+_QUOTE, _OPENING, _CLOSING = ord('"'), frozenset(b"[{"), frozenset(b"]}")
+_NOT_STRUCTURE = bytes(byte for byte in range(256) if byte not in b'"[]{}')
 
 
 def encode(message: Request | Answer, encoding: Encoding) -> bytes:
@@ -68,8 +74,13 @@ def decode_request(data: bytes, encoding: Encoding, limits: Limits) -> Request:
     """
     if len(data) > limits.max_msg_bytes:
         raise ProtocolError("too_large", f"message of {len(data)} bytes; at most {limits.max_msg_bytes} are accepted")
-    if encoding == "json" and not _depth_within(data, limits.max_json_depth):
-        raise ProtocolError("bad_request", f"JSON is nested deeper than {limits.max_json_depth} levels")
+    if encoding == "json" and not depth_within(data, limits.max_json_depth):
+        raise ProtocolError(
+            "bad_request",
+            f"JSON is nested deeper than {limits.max_json_depth} levels, or has over {_MAX_BRACKETS} lists and objects",
+        )
+    if encoding == "msgpack":
+        _refuse_nested_frames(data)
     try:
         request = _REQUEST_DECODERS[encoding].decode(data)
     except _MALFORMED as error:
@@ -94,27 +105,54 @@ def decode_answer(data: bytes, encoding: Encoding) -> Answer:
         raise ProtocolError("bad_request", f"not a message of this protocol: {error}") from None
 
 
-def _depth_within(data: bytes, depth_limit: int) -> bool:
-    """Whether brackets outside strings never nest deeper than the limit. Malformed JSON is the parser's business."""
-    if data.count(b"[") + data.count(b"{") <= depth_limit:
-        return True
-    depth = 0
-    for match in _JSON_STRING_OR_BRACKET.finditer(data):
-        first = data[match.start()]
-        if first in b"[{":
+def depth_within(data: bytes, depth_limit: int) -> bool:
+    """Whether brackets outside strings never nest deeper than the limit. Malformed JSON is the parser's business.
+
+    More lists and objects than any message of ours needs are refused as well: looking at them would take seconds.
+    """
+    brackets = data.count(b"[") + data.count(b"{")
+    if brackets <= depth_limit or brackets > _MAX_BRACKETS:
+        return brackets <= depth_limit
+    # Long strings go at C speed: first what could hide a quote, then all but quotes and brackets, then the pairs of
+    # quotes with nothing in between. Such a pair is a whole string, or joins two; brackets stay inside or outside.
+    if b"\\" in data:
+        data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    depth, is_text = 0, False
+    for byte in data.translate(None, _NOT_STRUCTURE).replace(b'""', b""):
+        if byte == _QUOTE:
+            is_text = not is_text
+        elif not is_text and byte in _OPENING:
             depth += 1
             if depth > depth_limit:
                 return False
-        elif first in b"]}":
+        elif not is_text and byte in _CLOSING:
             depth -= 1
     return True
 
 
-def _refusal(error: Exception, data: bytes, encoding: Encoding) -> ProtocolError:
+def _refuse_nested_frames(data: bytes) -> None:
+    """A frame is bytes or text. A list or map in its place may be small on the wire and take 60 times its size here."""
     try:
-        request_id = _ID_DECODERS[encoding].decode(data).id
+        frames = _FRAMES_DECODER.decode(data).frames
     except _MALFORMED:
-        request_id = None
+        return  # the decoder of the whole message says what is wrong
+    for index, frame in enumerate(frames):
+        if bytes(memoryview(frame)[:1]) in _CONTAINERS:
+            raise ProtocolError(
+                "invalid_field", f"`$.frames[{index}]` must be bytes or text", re=_request_id(data, "msgpack")
+            )
+
+
+def _request_id(data: bytes, encoding: Encoding) -> int | None:
+    """`id` of a message that is refused, where that is readable."""
+    try:
+        return _ID_DECODERS[encoding].decode(data).id
+    except _MALFORMED:
+        return None
+
+
+def _refusal(error: Exception, data: bytes, encoding: Encoding) -> ProtocolError:
+    request_id = _request_id(data, encoding)
     text = str(error)[:200]
     if not isinstance(error, msgspec.ValidationError):
         return ProtocolError("bad_request", f"malformed {encoding} message", re=request_id)

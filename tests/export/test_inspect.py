@@ -18,7 +18,8 @@ from worldvln_edge.export.devices import DEVICES, DeviceError, find_device
 from worldvln_edge.export.inspect_bundle import count_macs, read_structure
 from worldvln_edge.export.inspect_report import InspectReport, inspect_bundle
 from worldvln_edge.runtime import graphs
-from worldvln_edge.runtime.kv_cache import HostKVMemory
+from worldvln_edge.runtime.kv_cache import HostKVMemory, KVShape
+from worldvln_edge.runtime.worldvln_policy import load_policy
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +53,14 @@ def test_shared_weights_are_counted_once(report: InspectReport, tiny_bundle: Pat
 def test_kv_bytes_are_those_of_the_runtime_cache(report: InspectReport, tiny_bundle: Path):
     manifest, world = Bundle.open(tiny_bundle).manifest, tiny_config().world_model
     memory = HostKVMemory(
-        layers=world.depth,
-        rows=manifest.guidance_rows,
-        kv_heads=world.kv_heads,
-        capacity=manifest.kv_capacity,
-        head_dim=world.head_dim,
-        dtype=np.dtype(np.float32),
+        KVShape(
+            layers=world.depth,
+            rows=manifest.guidance_rows,
+            kv_heads=world.kv_heads,
+            capacity=manifest.kv_capacity,
+            head_dim=world.head_dim,
+            dtype=np.dtype(np.float32),
+        )
     )
     assert report.memory.kv_buffers == memory.array.nbytes
     assert report.memory.kv_stored % (memory.array.nbytes // manifest.kv_capacity) == 0
@@ -68,6 +71,16 @@ def test_state_bytes_are_those_of_the_graph_inputs(report: InspectReport, tiny_b
     shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input}
     states = sum(4 * int(np.prod(shape)) for name, shape in shapes.items() if name.startswith("state_"))
     assert report.memory.vae_encoder_state == states
+
+
+def test_bound_of_a_session_is_the_one_that_a_server_plans_with(report: InspectReport, tiny_bundle: Path):
+    policy = load_policy(tiny_bundle, threads=1)
+    assert report.memory.session_at_most == policy.session_memory
+    assert report.memory.session_at_most.total == policy.session_bytes
+    assert report.memory.session_at_most.keys_and_values > report.memory.kv_stored  # the longest prompt, changed
+    text = _run(str(tiny_bundle)).output
+    assert "One session on a server, at most" in text
+    assert f"  together            {policy.session_bytes / 1e3:.2f} kB" in text
 
 
 def test_roofline_is_a_lower_bound_that_grows_with_the_schedule(report: InspectReport):
@@ -130,6 +143,9 @@ def test_the_released_preset_is_reported_without_a_bundle():
         found.memory.kv_buffers == found.kv_capacity * 294_912
     )  # spec/world_model.md 6.1: bytes of a token, both rows
     assert found.memory.vae_encoder_state == pytest.approx(1.47e9, rel=0.01)  # spec/video_vae.md 8
+    bound = found.memory.session_at_most
+    assert bound.vae_states == found.memory.vae_encoder_state + found.memory.vae_decoder_state
+    assert bound.keys_and_values % 294_912 == 0
     by_device = {line.device: line for line in found.roofline}
     assert not by_device["orin-nano-8gb"].fits
     assert by_device["h200"].minimal_seconds < by_device["agx-orin-64gb"].minimal_seconds

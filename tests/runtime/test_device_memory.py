@@ -4,6 +4,7 @@ import ctypes
 import sys
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ import pytest
 from fake_gpu import FakeMemory
 
 from worldvln_edge.runtime.cuda_memory import CudaMemory
-from worldvln_edge.runtime.device_memory import DeviceMemoryError, check_span
+from worldvln_edge.runtime.device_memory import DeviceMemoryError, Strips, check_span
 from worldvln_edge.runtime.pycuda_memory import PyCudaMemory
 
 
@@ -25,6 +26,19 @@ def test_copies_may_not_leave_the_buffer() -> None:
         check_span(buffer, np.zeros(4, np.uint8), -1)
     with pytest.raises(DeviceMemoryError, match="with gaps"):
         check_span(buffer, np.zeros(8, np.uint8)[::2], 0)
+
+
+def test_strips_may_neither_overlap_nor_leave_the_buffer() -> None:
+    buffer = FakeMemory().allocate(64)
+    Strips(span=buffer, offset_bytes=8, row_bytes=8, plane_rows=3).check(planes=2, rows=3, width_bytes=8)
+    with pytest.raises(DeviceMemoryError, match="strips in bytes 8 to 66 leave the device buffer of 64 bytes"):
+        Strips(span=buffer, offset_bytes=8, row_bytes=8, plane_rows=4).check(planes=2, rows=4, width_bytes=2)
+    with pytest.raises(DeviceMemoryError, match="strips in bytes -8 to"):
+        Strips(span=buffer, offset_bytes=-8, row_bytes=8, plane_rows=1).check(planes=1, rows=1, width_bytes=8)
+    with pytest.raises(DeviceMemoryError, match="strips of 9 bytes from byte 0 on, 1 a plane, do not fit"):
+        Strips(span=buffer, row_bytes=8, plane_rows=1).check(planes=1, rows=1, width_bytes=9)
+    with pytest.raises(DeviceMemoryError, match=r"strips of 8 bytes from byte 0 on, 3 a plane, .* 2 a plane"):
+        Strips(span=buffer, row_bytes=8, plane_rows=2).check(planes=1, rows=3, width_bytes=8)
 
 
 def has_gpu() -> bool:
@@ -62,9 +76,51 @@ def test_every_driver_call_that_is_made_exists_in_the_installed_binding() -> Non
     names = set(re.findall(r'"(cu[A-Z]\w+)"', inspect.getsource(cuda_memory)))
     assert len(names) > 20
     assert [name for name in sorted(names) if not hasattr(driver, name)] == []
+    copy = driver.CUDA_MEMCPY3D()
+    fields = set(re.findall(r"copy\.(\w+)", inspect.getsource(cuda_memory)))
+    assert len(fields) == 11
+    assert sorted(fields - set(dir(copy))) == []
+    assert hasattr(driver.CUmemorytype, "CU_MEMORYTYPE_DEVICE")
+    assert int(driver.CUdeviceptr(1 << 40)) == 1 << 40
     for path in ("CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL", "CUstream_flags.CU_STREAM_NON_BLOCKING"):
         kind, member = path.split(".")
         assert hasattr(getattr(driver, kind), member)
+
+
+def move_box(target: tuple[int, int, int], source: tuple[int, int, int], size: tuple[int, int, int]) -> None:
+    """What a driver does with (address, pitch, height) on both sides and (depth, height, width) of the copy."""
+    for plane in range(size[0]):
+        for row in range(size[1]):
+            to, origin = (base + (plane * height + row) * pitch for base, pitch, height in (target, source))
+            ctypes.memmove(to, origin, size[2])
+
+
+def check_strips_of(memory) -> None:
+    """Two heads of two planes, entries 1 and 2 of 4, into a dense buffer and back to other entries."""
+    stream = memory.stream()
+    cache, dense = memory.allocate(2 * 3 * 4 * 8), memory.allocate(2 * 2 * 2 * 8)
+    values = np.arange(2 * 3 * 4, dtype=np.float64).reshape(2, 3, 4)
+    memory.copy_in(cache, values, stream)
+
+    def standing(entry: int) -> Strips:
+        return Strips(span=cache, offset_bytes=entry * 8, row_bytes=4 * 8, plane_rows=3)
+
+    packed = Strips(span=dense, row_bytes=2 * 8, plane_rows=2)
+    size = {"planes": 2, "rows": 2, "width_bytes": 16, "stream": stream}
+    memory.copy_strips(packed, standing(1), **size)
+    memory.copy_strips(standing(2), packed, **size)
+    back, kept = np.zeros_like(values), np.zeros((2, 2, 2))
+    memory.copy_out(back, cache, stream)
+    memory.copy_out(kept, dense, stream)
+    stream.wait()
+    np.testing.assert_array_equal(kept, values[:, :2, 1:3])
+    expected = values.copy()
+    expected[:, :2, 2:4] = values[:, :2, 1:3]
+    np.testing.assert_array_equal(back, expected)
+    with pytest.raises(DeviceMemoryError, match="strips of 16 bytes from byte 24 on, 2 a plane, do not fit"):
+        memory.copy_strips(standing(3), packed, **size)
+    for thing in (cache, dense, stream):
+        thing.free()
 
 
 class FakeDriver:
@@ -74,6 +130,9 @@ class FakeDriver:
     CUdevice_attribute = SimpleNamespace(
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=8, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=9
     )
+    CUmemorytype = SimpleNamespace(CU_MEMORYTYPE_DEVICE=2)
+    CUDA_MEMCPY3D = SimpleNamespace
+    CUdeviceptr = int
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
     ENDS: ClassVar = {
@@ -112,6 +171,20 @@ class FakeDriver:
     def cuDeviceGetAttribute(self, attribute, device):
         return 0, attribute
 
+    def cuMemGetInfo(self):
+        return 0, 700, 1000
+
+    def cuDeviceGetName(self, length, device):
+        return 0, b"NVIDIA Test".ljust(length, b"\0")
+
+    def cuMemcpy3DAsync(self, copy, stream):
+        move_box(
+            (copy.dstDevice, copy.dstPitch, copy.dstHeight),
+            (copy.srcDevice, copy.srcPitch, copy.srcHeight),
+            (copy.Depth, copy.Height, copy.WidthInBytes),
+        )
+        return (0,)
+
     def cuMemAlloc(self, size):
         if size > 1000:
             return (SimpleNamespace(name="CUDA_ERROR_OUT_OF_MEMORY"),)
@@ -149,6 +222,18 @@ def test_bytes_travel_there_and_back_at_an_offset(monkeypatch: pytest.MonkeyPatc
     memory.close()
     assert driver.blocks == driver.left_behind() == {}
     assert {"cuEventRecord", "cuEventSynchronize", "cuDevicePrimaryCtxRetain"} <= set(driver.calls)
+
+
+def test_strips_travel_inside_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    memory = CudaMemory()
+    assert memory.name == "NVIDIA Test"
+    assert memory.free_bytes == 700
+    check_strips_of(memory)
+    memory.close()
+    assert driver.blocks == driver.left_behind() == {}
+    check_strips_of(FakeMemory())  # the fake that other tests trust does the same
 
 
 def test_full_memory_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +288,19 @@ class PyCudaThing:
         pass
 
 
+class PyCudaAllocation:
+    def __init__(self, driver: "FakePyCuda", size: int):
+        block = np.zeros(size, np.uint8)
+        self.driver, self.address = driver, block.ctypes.data
+        driver.blocks[self.address] = block
+
+    def __int__(self) -> int:
+        return self.address
+
+    def free(self) -> None:
+        del self.driver.blocks[self.address]
+
+
 class FakePyCuda:
     """What of `pycuda.driver` is used; things end with their last reference, inside a pushed context only."""
 
@@ -214,13 +312,20 @@ class FakePyCuda:
 
     def __init__(self) -> None:
         self.alive: Counter[str] = Counter()
+        self.blocks: dict[int, np.ndarray] = {}
         self.pushed = 0
 
     def init(self) -> None:
         pass
 
     def Device(self, index: int):
-        return SimpleNamespace(retain_primary_context=lambda: self, compute_capability=lambda: (8, 7))
+        return SimpleNamespace(
+            retain_primary_context=lambda: self, compute_capability=lambda: (8, 7), name=lambda: "NVIDIA Test"
+        )
+
+    def mem_get_info(self) -> tuple[int, int]:
+        assert self.pushed  # it asks the current context
+        return 700, 1000
 
     def push(self) -> None:
         self.pushed += 1
@@ -248,6 +353,29 @@ class FakePyCuda:
     def Event(self):
         return self.thing("event")
 
+    def mem_alloc(self, size: int) -> "PyCudaAllocation":
+        return PyCudaAllocation(self, size)
+
+    def memcpy_htod_async(self, target: int, array: np.ndarray, stream: PyCudaThing) -> None:
+        ctypes.memmove(target, array.ctypes.data, array.nbytes)
+
+    def memcpy_dtoh_async(self, array: np.ndarray, source: int, stream: PyCudaThing) -> None:
+        ctypes.memmove(array.ctypes.data, source, array.nbytes)
+
+    class Memcpy3D:
+        def set_src_device(self, address: int) -> None:
+            self.source = address
+
+        def set_dst_device(self, address: int) -> None:
+            self.target = address
+
+        def __call__(self, stream: PyCudaThing) -> None:
+            move_box(
+                (self.target, self.dst_pitch, self.dst_height),
+                (self.source, self.src_pitch, self.src_height),
+                (self.depth, self.height, self.width_in_bytes),
+            )
+
 
 def test_pycuda_frees_inside_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = FakePyCuda()
@@ -269,9 +397,29 @@ def test_pycuda_frees_inside_its_context(monkeypatch: pytest.MonkeyPatch) -> Non
         memory.event()
 
 
+def test_pycuda_moves_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakePyCuda()
+    monkeypatch.setitem(sys.modules, "pycuda.driver", driver)
+    memory = PyCudaMemory()
+    assert memory.name == "NVIDIA Test"
+    assert memory.free_bytes == 700
+    check_strips_of(memory)
+    assert driver.blocks == {}
+
+
+@pytest.fixture
+def cuda() -> Iterator[CudaMemory]:
+    try:
+        memory = CudaMemory()
+    except DeviceMemoryError as error:
+        pytest.skip(str(error))
+    yield memory
+    memory.close()
+
+
 @pytest.mark.gpu
-def test_a_real_device_keeps_bytes() -> None:
-    memory = CudaMemory()
+def test_a_real_device_keeps_bytes(cuda: CudaMemory) -> None:
+    memory = cuda
     buffer, stream = memory.allocate(1 << 20), memory.stream()
     array, back = np.random.default_rng(0).random(1 << 17), np.zeros(1 << 17)
     memory.copy_in(buffer, array, stream)
@@ -281,4 +429,10 @@ def test_a_real_device_keeps_bytes() -> None:
     assert memory.compute_capability.startswith("sm")
     for thing in (buffer, stream):
         thing.free()
-    memory.close()
+
+
+@pytest.mark.gpu
+def test_a_real_device_moves_strips(cuda: CudaMemory) -> None:
+    assert cuda.name
+    assert 0 < cuda.free_bytes < 1 << 50
+    check_strips_of(cuda)

@@ -7,7 +7,7 @@ import pytest
 from small_models import random_frames, tiny_config
 
 from worldvln_edge.config import ConfigError
-from worldvln_edge.generation_profile import EXACT, GenerationProfile, built_in_profiles, read_profiles
+from worldvln_edge.generation_profile import EXACT, GenerationProfile, built_in_profiles, model_profiles, read_profiles
 from worldvln_edge.presets import PRESET_NAMES, preset
 from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy, load_policy
 from worldvln_edge.scale_schedule import ScaleSchedule
@@ -40,7 +40,7 @@ def fly(policy: WorldVLNPolicy, frames, profile: GenerationProfile, *, negative_
 
 
 def test_profile_that_leaves_nothing_out_is_exact(policy, frames):
-    exact, calls = fly(policy, frames, policy.find_profile(EXACT))
+    exact, calls = fly(policy, frames, policy.profiles[EXACT])
     same = GenerationProfile(name="same", max_repetitions=(2, 2, 1), skipped_scales=0, guided_scales=3)
     actions, same_calls = fly(policy, frames, same)
     np.testing.assert_array_equal(actions, exact)
@@ -48,7 +48,7 @@ def test_profile_that_leaves_nothing_out_is_exact(policy, frames):
 
 
 def test_repetitions_that_are_left_out_are_not_run(policy, frames):
-    _, exact = fly(policy, frames, policy.find_profile(EXACT))
+    _, exact = fly(policy, frames, policy.profiles[EXACT])
     _, once = fly(policy, frames, GenerationProfile(name="once", max_repetitions=1))
     assert exact[1]["world_model_calls"] - once[1]["world_model_calls"] == 2  # scales 0 and 1 have two repetitions
 
@@ -70,7 +70,7 @@ def test_without_guidance_the_unconditional_row_has_no_say(policy, frames):
     plain, _ = fly(policy, frames, unguided)
     negative, _ = fly(policy, frames, unguided, negative_prompt="back")
     np.testing.assert_array_equal(plain, negative)
-    guided, _ = fly(policy, frames, policy.find_profile(EXACT))
+    guided, _ = fly(policy, frames, policy.profiles[EXACT])
     assert np.abs(plain - guided).max() > 0.1
 
 
@@ -86,12 +86,12 @@ def test_without_guidance_keys_and_values_of_one_row_are_kept(policy, frames):
 
 
 def test_guidance_may_come_back_in_the_next_segment(policy, frames):
-    expected, _ = fly(policy, frames, policy.find_profile(EXACT))
+    expected, _ = fly(policy, frames, policy.profiles[EXACT])
     session = policy.new_session(PROMPT, seed=1)
     session.profile = GenerationProfile(name="unguided", guided_scales=0)
     session.observe(frames[:1])
     session.work_ahead()
-    session.profile = policy.find_profile(EXACT)
+    session.profile = policy.profiles[EXACT]
     np.testing.assert_array_equal(session.observe(frames[1:5]).actions, expected[4:8])
 
 
@@ -106,6 +106,29 @@ def test_built_in_profiles_fit_every_preset_and_each_does_less_than_the_one_befo
         assert steps[-1].is_last_repetition
         work.append(sum(each.step.tokens * (2 if each.is_guided else 1) for each in steps))
     assert work[0] > work[1] > work[2] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "balanced", "fast"),
+    [("worldvln-8b", 2.0, 5.0), ("narrow", 2.0, 5.0), ("mini", 2.0, 4.0), ("nano", 2.0, 4.0)],
+)
+def test_built_in_profiles_save_the_work_that_they_are_meant_to_save(name: str, balanced: float, fast: float):
+    """Tokens of a clip and of the newest observed scale, over both rows; small grids have less to leave out."""
+    config = preset(name)
+    schedule, scales = ScaleSchedule(config.schedule, 13), config.schedule.scales_per_clip
+    work = {}
+    for profile in model_profiles(config).values():
+        generated = sum(each.step.tokens * (1 + each.is_guided) for each in profile.steps(schedule.clips[1], scales))
+        observed = schedule.last_step(1, scales - 1).tokens * (1 + profile.is_guided_at_all())
+        work[profile.name] = generated + observed
+    assert work["exact"] / work["balanced"] >= balanced
+    assert work["exact"] / work["fast"] >= fast
+
+
+def test_clips_of_one_segment_keep_all_their_scales():
+    once = tiny_config(repetitions=1, clips_per_segment=2)
+    assert list(model_profiles(once)) == ["exact", "balanced"]
+    assert model_profiles(once)["balanced"] == GenerationProfile(name="balanced", max_repetitions=1, guided_scales=0)
 
 
 def test_unknown_profile_names_those_there_are(tiny_bundle):

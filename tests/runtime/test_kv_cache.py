@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from worldvln_edge.runtime.kv_cache import TEXT, HostKVMemory, KVCache, KVCapacityError, KVWorkspace
+from worldvln_edge.runtime.kv_cache import TEXT, HostKVMemory, KVCache, KVCapacityError, KVShape, KVWorkspace
 
 LAYERS, ROWS, HEADS, CAPACITY, WIDTH = 2, 2, 1, 40, 3
 
@@ -16,7 +16,9 @@ LAYERS, ROWS, HEADS, CAPACITY, WIDTH = 2, 2, 1, 40, 3
 def new_workspace() -> KVWorkspace:
     return KVWorkspace(
         HostKVMemory(
-            layers=LAYERS, rows=ROWS, kv_heads=HEADS, capacity=CAPACITY, head_dim=WIDTH, dtype=np.dtype(np.float32)
+            KVShape(
+                layers=LAYERS, rows=ROWS, kv_heads=HEADS, capacity=CAPACITY, head_dim=WIDTH, dtype=np.dtype(np.float32)
+            )
         )
     )
 

@@ -141,7 +141,7 @@ def test_late_segment_is_flown_with_the_quickest_profile(tiny_bundle):
         plain.manifest, plain.engines, plain.tokenizer, latency=new_model(plain.manifest, "b", 1, measured)
     )
     session = policy.new_session("fly forward 5 m", seed=1)
-    assert session.least_s == pytest.approx(3.0)
+    assert session.least_s() == pytest.approx(3.0)
     chunk = session.observe(random_frames(policy.config, 1, seed=7), budget_s=4.0)
     assert chunk.profile == "fast"
     assert np.isfinite(chunk.actions).all()

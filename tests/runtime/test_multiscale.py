@@ -27,7 +27,7 @@ def test_bits_inputs_and_codes_equal_pytorch(name: str, clip_index: int):
     np.testing.assert_allclose(observed.codes, summed[0], atol=1e-5)
     zeros = torch.zeros_like(summed)
     np.testing.assert_array_equal(observed.inputs[0], tokens_of_latents(step_input(zeros, clip.steps[0]))[0])
-    for step, tokens in zip(clip.steps, observed.inputs, strict=True):
+    for step, tokens in zip(clip.steps, observed.inputs.values(), strict=True):
         assert tokens.shape == (step.tokens, config.world_model.latent_channels)
 
 

@@ -50,7 +50,7 @@ class CountingSession(NullSession):
         self.is_closed = False
         self.fail_with: Exception | None = None
 
-    def observe(self, frames, *, budget_s=None):
+    def observe(self, frames, *, budget_s=None, **options):
         self.seen.extend(int(frame[0, 0, 0]) for frame in frames)
         if self.fail_with is not None and self.frames + len(frames) >= 1:
             self.frames = min(self.frames + len(frames), 49)
@@ -214,7 +214,7 @@ def test_lost_connection_is_opened_again_and_the_session_resumed(server, policy)
     with SessionClient(server.url, reconnect_s=5) as client:
         client.start("go")
         first = client.observe([jpeg()])
-        client._connection._socket.close()  # the network's doing, as far as the client can tell
+        client._connection._transport._socket.close()  # the network's doing, as far as the client can tell
         answer = client.observe([jpeg()] * 16)
         assert (first.segment, answer.segment, answer.frames) == (0, 1, 17)
     assert len(policy.opened) == 1

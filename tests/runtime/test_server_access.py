@@ -9,17 +9,13 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from worldvln_edge.client import AnswerTimeoutError, ServerError, ServerUnreachableError, SessionClient
-from worldvln_edge.connection import ServerAddressError, session_url
+from worldvln_edge.client_errors import ServerAddressError
 from worldvln_edge.protocol import WEBSOCKET_SUBPROTOCOL, Limits, ProtocolError
 from worldvln_edge.runtime.access import AccessRule, KeyFileError, read_key_file
+from worldvln_edge.runtime.listen_address import AddressInUseError, UnsafeAddressError, is_loopback
 from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.server import (
-    AddressInUseError,
-    BackgroundServer,
-    SessionServer,
-    UnsafeAddressError,
-    is_loopback,
-)
+from worldvln_edge.runtime.server import BackgroundServer, SessionServer
+from worldvln_edge.server_address import server_url
 
 FRAME = np.zeros((8, 8, 3), dtype=np.uint8)
 
@@ -208,13 +204,13 @@ def test_observing_without_a_session_says_to_start_one():
         ("ws://[::1]:8001", "ws://[::1]:8001/v1/session"),
     ],
 )
-def test_session_url(given, url):
-    assert session_url(given) == url
+def test_server_url(given, url):
+    assert server_url(given) == url
 
 
 @pytest.mark.parametrize(
     "address", ["ftp://drone", "ws://drone:99999", "ws://drone:abc", "ws://[::1", "ws://", ":8001"]
 )
 def test_what_is_no_address_is_refused(address: str):
-    with pytest.raises(ServerAddressError, match="no WebSocket address"):
-        session_url(address)
+    with pytest.raises(ServerAddressError, match="no server's address"):
+        server_url(address)

@@ -22,6 +22,7 @@ from worldvln_edge.client import ServerError, SessionClient
 from worldvln_edge.protocol import Bye, Cancel, Hello, Limits, Observe, Ping, ProtocolError, Start
 from worldvln_edge.runtime.access import AccessRule
 from worldvln_edge.runtime.device_queue import DeviceQueue, DurationEstimate, StartedTooLateError, Ticket
+from worldvln_edge.runtime.entrance import Entrance
 from worldvln_edge.runtime.null_policy import NullPolicy
 from worldvln_edge.runtime.server import BackgroundServer
 from worldvln_edge.runtime.session_manager import SessionManager
@@ -107,7 +108,7 @@ def test_deadline_that_the_estimate_cannot_meet_is_refused_at_once():
         client.start("go")
         client.observe([JPEG])
         began = time.monotonic()
-        with pytest.raises(ServerError, match=r"needs about 5\d\d ms") as refusal:
+        with pytest.raises(ServerError, match=r"needs about \d{3,} ms") as refusal:
             client.observe([JPEG] * 16, deadline_ms=50)
         assert time.monotonic() - began < 0.45
         assert (refusal.value.code, refusal.value.frames) == ("deadline", 17)
@@ -116,9 +117,9 @@ def test_deadline_that_the_estimate_cannot_meet_is_refused_at_once():
 
 
 def test_deadline_that_passes_during_inference_is_answered_late():
-    with BackgroundServer(NullPolicy(infer_s=0.1)) as server, SessionClient(server.url) as client:
+    with BackgroundServer(NullPolicy(infer_s=1.0)) as server, SessionClient(server.url) as client:
         client.start("go")
-        answer = client.observe([JPEG], deadline_ms=50)  # nothing is known about the duration yet
+        answer = client.observe([JPEG], deadline_ms=800)  # nothing is known about the duration yet
         assert (answer.segment, answer.is_late) == (0, True)
         assert not client.observe([JPEG] * 16, deadline_ms=5000).is_late
 
@@ -135,6 +136,30 @@ def test_cancelled_request_keeps_its_frames_and_runs_no_inference():
         assert (answers[5].code, answers[5].frames) == ("cancelled", 1)
         assert (answers[6].session, answers[6].emitted) == ("b", -1)
         assert answers[4].seg == 0
+
+
+def test_running_inference_stops_when_its_request_is_cancelled():
+    with BackgroundServer(NullPolicy(infer_s=30.0)) as server, connect(server.url, compression=None) as socket:
+        begin(socket, "a")
+        started = time.monotonic()
+        say(socket, observe(3, session="a"))
+        time.sleep(0.1)
+        say(socket, Cancel(id=4, target=3))
+        answers = {answer.re: answer for answer in (hear(socket) for _ in range(2))}
+        assert (answers[3].code, answers[3].frames) == ("cancelled", 1)
+        assert time.monotonic() - started < 10
+
+
+def test_inference_stops_when_its_client_is_gone():
+    with BackgroundServer(NullPolicy(infer_s=30.0)) as server:
+        with connect(server.url, compression=None) as socket:
+            begin(socket, "a")
+            say(socket, observe(3, session="a"))
+            time.sleep(0.1)
+        started = time.monotonic()
+        while server.server.manager.queue or server.server.manager._device.running:
+            assert time.monotonic() - started < 10
+            time.sleep(0.02)
 
 
 def test_start_without_a_name_can_be_cancelled_while_it_waits():
@@ -330,7 +355,7 @@ class UpgradeRequest:
 def test_clients_that_come_at_once_do_not_get_past_the_connection_limit():
     async def scenario() -> None:
         manager = SessionManager(NullPolicy(), limits=Limits(max_connections=3))
-        door = WebSocketDoor(manager, AccessRule())
+        door = WebSocketDoor(manager, Entrance(manager, AccessRule()))
 
         async def come(count: int) -> tuple[list[UpgradeRequest], list[asyncio.Task]]:
             clients = [UpgradeRequest() for _ in range(count)]

@@ -13,9 +13,11 @@ from fake_tensorrt import CACHE, FakeEngine, fake_tensorrt
 
 from worldvln_edge.bundle import Bundle, BundleError
 from worldvln_edge.parity_record import EngineParity, OutputParity
+from worldvln_edge.runtime import tensorrt_engine
 from worldvln_edge.runtime.cuda_graph_cache import MOST_SHAPES
 from worldvln_edge.runtime.device_memory import DeviceMemoryError
-from worldvln_edge.runtime.engine import EngineError
+from worldvln_edge.runtime.device_tensor import DeviceTensor
+from worldvln_edge.runtime.engine import EngineError, to_host
 from worldvln_edge.runtime.engine_signature import EngineShapeError
 from worldvln_edge.runtime.tensorrt_engine import TensorRTEngine
 from worldvln_edge.runtime.tensorrt_library import TensorRTLog, load_tensorrt, tensor_dtype, tensorrt_log
@@ -75,7 +77,10 @@ def test_a_host_cache_sees_what_the_host_changed_between_calls(make_engine, is_p
 def test_a_host_cache_moves_only_the_entries_that_matter(make_engine) -> None:
     memory = FakeMemory()
     engine, _ = make_engine(memory)
-    engine.run(call(2, start=1), {"key_0": np.zeros(CACHE, np.float32)})
+    cache = {"key_0": np.zeros(CACHE, np.float32)}
+    engine.run(call(2), cache)  # brings the whole cache once, so that nothing in it is undefined
+    memory.bytes_in = memory.bytes_out = 0
+    engine.run(call(2, start=1), cache)
     entry_bytes = CACHE[1] * CACHE[3] * 4
     assert memory.bytes_in == 2 * 3 * 4 + 16 + 1 * entry_bytes
     assert memory.bytes_out == 2 * 3 * 4 + 2 * entry_bytes
@@ -93,11 +98,78 @@ def test_a_device_cache_is_read_and_written_where_it_is(make_engine) -> None:
     assert memory.bytes_in == 2 * 3 * 4 + 16
 
 
-def test_a_portable_engine_refuses_a_device_cache(make_engine) -> None:
+def test_a_portable_engine_writes_new_entries_into_a_device_cache(make_engine) -> None:
     memory = FakeMemory()
     engine, _ = make_engine(memory, FakeEngine(memory, is_portable=True))
-    with pytest.raises(EngineError, match=r"does not share the memory of past_key_0.*--kv inplace"):
-        engine.run(call(2), {"key_0": memory.allocate(int(np.prod(CACHE)) * 4)})
+    cache = memory.allocate(int(np.prod(CACHE)) * 4)
+    expected = memory.view(cache.address, np.float32, CACHE)
+    expected[:] = 7
+    expected = expected.copy()
+    for seed, (rows, start) in enumerate([(2, 4), (4, 0), (2, 4), (2, 6)]):
+        inputs = call(rows, start, seed)
+        engine.run(inputs, {"key_0": cache})
+        expected[:, :, start : start + rows] = inputs["x"]
+        np.testing.assert_array_equal(memory.view(cache.address, np.float32, CACHE), expected)
+    assert memory.bytes_out == 10 * 3 * 4  # of the results; no cache entries
+
+
+def test_results_that_are_not_fetched_stay_on_the_device_until_they_are_dropped(make_engine) -> None:
+    memory = FakeMemory()
+    engine, _ = make_engine(memory)
+    cache = {"key_0": memory.allocate(int(np.prod(CACHE)) * 4)}
+    engine.run(call(2), cache, fetch=())
+    before, memory.bytes_out = memory.alive["buffer"], 0
+    first, second = (engine.run(call(2, seed=seed), cache, fetch=()) for seed in (1, 2))
+    assert memory.alive["buffer"] == before + 2
+    assert memory.bytes_out == 0
+    for seed, results in ((1, first), (2, second)):
+        np.testing.assert_array_equal(to_host(results["doubled"]), 2 * call(2, seed=seed)["x"])
+    first.clear()
+    second.clear()
+    assert memory.alive["buffer"] == before
+
+
+@pytest.mark.parametrize("large_bytes", [1, 1 << 30])
+def test_an_engine_reads_what_another_one_kept_without_a_way_over_the_host(
+    make_engine, monkeypatch: pytest.MonkeyPatch, large_bytes: int
+) -> None:
+    monkeypatch.setattr(tensorrt_engine, "_LARGE_BYTES", large_bytes)
+    memory = FakeMemory()
+    engine, fake = make_engine(memory)
+    cache = {"key_0": memory.allocate(int(np.prod(CACHE)) * 4)}
+    for seed in range(4):
+        inputs = call(2, seed=seed)
+        kept = engine.run(inputs, cache, fetch=())["doubled"]
+        memory.bytes_in = 0
+        twice = engine.run(inputs | {"x": kept}, cache)["doubled"]
+        assert memory.bytes_in == 16  # write_index and kv_length
+        np.testing.assert_array_equal(twice, 4 * inputs["x"])
+        np.testing.assert_array_equal(engine.run(inputs, cache)["doubled"], 2 * inputs["x"])
+        np.testing.assert_array_equal(kept.numpy(), 2 * inputs["x"])
+    # An address that changes from call to call is none for a graph.
+    assert (memory.captures > 0) == (large_bytes > 1)
+    reads_in_place = any(context.addresses["x"] == kept.span.address for context in fake.alive_contexts)
+    assert reads_in_place == (large_bytes == 1)
+
+
+def test_what_another_device_kept_goes_over_the_host(make_engine) -> None:
+    memory, other = FakeMemory(), FakeMemory()
+    engine, _ = make_engine(memory)
+    buffer = other.allocate(2 * 3 * 4)
+    inputs = call(2)
+    other.copy_in(buffer, inputs["x"], other.stream())
+    foreign = DeviceTensor(other, buffer, (2, 3), np.dtype(np.float32))
+    outputs = engine.run(inputs | {"x": foreign}, {"key_0": np.zeros(CACHE, np.float32)})
+    np.testing.assert_array_equal(outputs["doubled"], 2 * inputs["x"])
+    assert other.bytes_out == foreign.nbytes
+
+
+def test_a_kept_result_of_another_dtype_is_refused(make_engine) -> None:
+    memory = FakeMemory()
+    engine, _ = make_engine(memory)
+    kept = DeviceTensor(memory, memory.allocate(2 * 3 * 2), (2, 3), np.dtype(np.float16))
+    with pytest.raises(EngineError, match="x is float16, float32 is expected"):
+        engine.run(call(2) | {"x": kept}, {"key_0": np.zeros(CACHE, np.float32)})
 
 
 def test_a_shape_is_captured_once_and_replayed(make_engine) -> None:

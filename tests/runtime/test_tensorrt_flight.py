@@ -9,37 +9,42 @@ import numpy as np
 import pytest
 from fake_gpu import FakeMemory
 from fake_tensorrt import GraphEngine, fake_tensorrt
+from flight_agreement import agreeing_segments
 from small_models import random_frames
 
 from worldvln_edge.bundle import Bundle
 from worldvln_edge.images import transform
 from worldvln_edge.runtime.cuda_memory import CudaMemory
+from worldvln_edge.runtime.device_kv_memory import DeviceKVMemory
 from worldvln_edge.runtime.device_memory import DeviceMemoryError
 from worldvln_edge.runtime.engine import Engine, EngineError
 from worldvln_edge.runtime.graphs import WORLD_MODEL_CONTEXT, WORLD_MODEL_STEP
-from worldvln_edge.runtime.kv_cache import KVCache
+from worldvln_edge.runtime.kv_cache import KVCache, KVWorkspace
 from worldvln_edge.runtime.multiscale import encode_clip
 from worldvln_edge.runtime.tensorrt_engine import TensorRTEngine
 from worldvln_edge.runtime.tensorrt_library import PACKAGES, load_tensorrt, tensorrt_log
 from worldvln_edge.runtime.video_stream import FrameEncoder
 from worldvln_edge.runtime.world_model import WorldModelDriver
-from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy, load_policy
+from worldvln_edge.runtime.worldvln_policy import FLIGHT_GRAPHS, WorldVLNPolicy, load_policy
 
 KV_GRAPHS = (WORLD_MODEL_CONTEXT, WORLD_MODEL_STEP)
 
 
-def probabilities_of_a_flight(policy: WorldVLNPolicy, engines: Mapping[str, Engine]) -> np.ndarray:
+def probabilities_of_a_flight(
+    policy: WorldVLNPolicy, engines: Mapping[str, Engine], workspace: KVWorkspace | None = None
+) -> np.ndarray:
     """Of every bit of every clip, each generated from what was observed before it, with the observed bits forced.
 
     Args:
         policy: of ONNX Runtime; encodes text and frames.
         engines: take the place of the policy's.
+        workspace: for their caches; None: the policy's.
     """
     config, tables = policy.config, policy.tables
     frames = random_frames(config, config.horizon.num_frames)
     encoder = FrameEncoder(policy.engines, config.video_vae.temporal_stride)
     latents = np.stack(encoder.push([transform(frame, config.image_hw) for frame in frames]), 1)
-    driver = WorldModelDriver({**policy.engines, **engines}, tables, KVCache(policy.workspace))
+    driver = WorldModelDriver({**policy.engines, **engines}, tables, KVCache(workspace or policy.workspace))
     driver.set_text(policy.encode_text("fly to the red tower", ""))
     found = []
     for clip in tables.schedule.clips:
@@ -105,7 +110,7 @@ def package_here() -> str:
 
 @pytest.fixture(scope="module")
 def shipped_bundle(tracer, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The shipped model in fp16 with engines of its world model for this GPU, built here; and their package."""
+    """The shipped model in fp16 with engines of all that a flight needs for this GPU, built here; and their package."""
     from worldvln_edge.export.build_job import EngineBuildError
     from worldvln_edge.export.exporter import export_bundle
     from worldvln_edge.export.precision import Precision
@@ -124,8 +129,8 @@ def shipped_bundle(tracer, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     source = open_any(Path(__file__).parents[2] / "worldvln_edge" / "checkpoints" / "nano")
     kv = "inplace" if has_attention else "portable"
     export_bundle(source, folder, precision=Precision(name="fp16"), kv=kv, tracer=tracer)
-    results = build_engines(folder, targets, graphs=list(KV_GRAPHS))
-    assert [result.error for result in results] == ["", ""]
+    results = build_engines(folder, targets, graphs=list(FLIGHT_GRAPHS))
+    assert {result.error for result in results} == {""}
     return folder, package
 
 
@@ -134,9 +139,9 @@ def test_engines_of_the_shipped_model_are_within_their_bounds_on_this_gpu(shippe
     from worldvln_edge.export.engine_checks import check_engines
 
     results = check_engines(shipped_bundle[0])
-    assert {result.entry.graph: result.not_run for result in results} == dict.fromkeys(KV_GRAPHS, "")
+    assert {result.entry.graph: result.not_run for result in results} == dict.fromkeys(FLIGHT_GRAPHS, "")
     parities = {result.entry.graph: result.entry.parity for result in results}
-    assert {graph: parity and parity.reason for graph, parity in parities.items()} == dict.fromkeys(KV_GRAPHS, "")
+    assert {graph: parity and parity.reason for graph, parity in parities.items()} == dict.fromkeys(FLIGHT_GRAPHS, "")
 
 
 @pytest.mark.gpu
@@ -157,3 +162,18 @@ def test_the_shipped_model_flies_on_this_gpu_with_and_without_cuda_graphs(shippe
     np.testing.assert_array_equal(found[True], found[False])  # the same kernels in the same order
     # The mean that fp16 as a whole may cost (export/parity_bounds.py); two fp16 runs lie far closer.
     assert np.abs(found[True] - expected).mean() < 1.2e-3
+
+
+@pytest.mark.gpu
+def test_a_policy_on_this_gpus_engines_draws_what_the_cpu_draws(shipped_bundle: tuple[Path, str]) -> None:
+    folder, package = shipped_bundle
+    on_host = load_policy(folder)
+    with closing(load_policy(folder, backend="tensorrt")) as on_gpu:
+        assert (on_gpu.info.backend, on_gpu.info.device) == (package, "cuda")
+        assert isinstance(on_gpu.workspace.memory, DeviceKVMemory)
+        world_model = {graph: on_gpu.engines[graph] for graph in KV_GRAPHS}
+        found = probabilities_of_a_flight(on_host, world_model, on_gpu.workspace)
+        assert np.abs(found - probabilities_of_a_flight(on_host, {})).mean() < 1.2e-3
+        # Free draws in fp16: two implementations decide bits alike unless they lie on a border that wide.
+        for seed in range(3):
+            agreeing_segments(on_host, on_gpu, seed=seed, border=0.05, tolerance=5)

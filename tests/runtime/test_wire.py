@@ -3,6 +3,7 @@
 import json
 import math
 import time
+import tracemalloc
 
 import msgspec
 import pytest
@@ -128,6 +129,22 @@ def test_refusal_names_the_field_and_the_request(message, code, text):
     with pytest.raises(ProtocolError, match=text) as refusal:
         decode_request(json.dumps(message).encode(), "json", LIMITS)
     assert (refusal.value.code, refusal.value.re) == (code, 7)
+
+
+def test_long_or_nested_lists_are_refused_before_they_take_memory():
+    base = {"t": "observe", "id": 7, "session": "s", "first": 1, "frames": []}
+    nested = msgspec.msgpack.encode(base | {"frames": [b"", "N"]}).replace(
+        b"\xa1N", b"\xdd" + (2_000_000).to_bytes(4, "big") + b"\x90" * 2_000_000
+    )
+    long = [msgspec.msgpack.encode(base | {name: [0] * 2_000_000}) for name in ("frames", "t_ns")]
+    poses = msgspec.msgpack.encode(base | {"poses": [[0] * 6] * 200_000})
+    for data, text in ((nested, "bytes or text"), *((data, "length <= 4096") for data in (*long, poses))):
+        tracemalloc.start()
+        with pytest.raises(ProtocolError, match=text) as refusal:
+            decode_request(data, "msgpack", Limits())
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+        tracemalloc.stop()
+        assert (refusal.value.code, refusal.value.re) == ("invalid_field", 7)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

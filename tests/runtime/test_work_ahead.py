@@ -20,10 +20,11 @@ class AheadSession(NullSession):
         self.ahead_of: list[int] = []
         self.fails = False
 
-    def work_ahead(self) -> None:
+    def work_ahead(self, should_stop=lambda: False) -> bool:
         self.ahead_of.append(self.emitted + 1)
         if self.fails:
             raise RuntimeError("device lost")
+        return False
 
 
 class AheadPolicy(NullPolicy):
@@ -41,7 +42,7 @@ def observe(first: int, count: int, session: str = "s") -> Observe:
 
 
 async def settled(manager: SessionManager) -> None:
-    while manager._ahead:
+    while manager._ahead.is_busy:
         await asyncio.sleep(0.005)
 
 
@@ -88,7 +89,7 @@ def test_request_does_not_wait_behind_work_that_waits_for_an_idle_device():
         block = threading.Event()
         busy = asyncio.create_task(manager._device.run(block.wait, priority=0.0, ticket=Ticket()))
         await asyncio.sleep(0.02)
-        manager._work_ahead_later(manager._table.find(("", "s")))
+        manager._ahead.begin(manager._table.find(("", "s")))
         await asyncio.sleep(0.02)  # it waits for the device, and holds the session's turn
         request = asyncio.create_task(manager.observe("", observe(1, 1)))
         await asyncio.sleep(0.02)
@@ -146,3 +147,56 @@ def test_closing_the_manager_leaves_no_work_behind():
         await settled(manager)
 
     asyncio.run(fly())
+
+
+class LongAheadSession(AheadSession):
+    """Work ahead in ten parts, which asks between them whether it should stop."""
+
+    parts = 0
+
+    def work_ahead(self, should_stop=lambda: False) -> bool:
+        while self.parts < 10 and not should_stop():
+            time.sleep(0.01)
+            self.parts += 1
+        return self.parts < 10
+
+
+class LongAheadPolicy(AheadPolicy):
+    def new_session(self, prompt, *, seed=0, negative_prompt="", emit="ahead"):
+        self.opened.append(LongAheadSession(self, prompt, seed=seed, emit=emit))
+        return self.opened[-1]
+
+
+def test_long_work_makes_way_for_another_session_and_goes_on():
+    policy = LongAheadPolicy()
+
+    async def fly() -> int:
+        manager = SessionManager(policy)
+        await manager.start("", Start(id=1, session="s", prompt="go"))
+        await asyncio.sleep(0.03)
+        await manager.start("", Start(id=2, session="other", prompt="go"))
+        parts = policy.opened[0].parts
+        await settled(manager)
+        manager.close()
+        return parts
+
+    assert 0 < asyncio.run(fly()) < 10
+    assert [session.parts for session in policy.opened] == [10, 10]
+
+
+def test_long_work_makes_way_for_its_own_frames_and_goes_on_after_them():
+    policy = LongAheadPolicy()
+
+    async def fly() -> None:
+        manager = SessionManager(policy)
+        await manager.start("", Start(id=1, session="s", prompt="go"))
+        await manager.observe("", observe(1, 1))
+        await asyncio.sleep(0.03)
+        answer = await manager.observe("", observe(2, 3))
+        assert answer.seg == -1
+        assert 0 < policy.opened[0].parts < 10
+        await settled(manager)
+        manager.close()
+
+    asyncio.run(fly())
+    assert policy.opened[0].parts == 10

@@ -11,7 +11,7 @@ from small_models import random_frames
 
 from worldvln_edge.client import ServerError, SessionClient
 from worldvln_edge.runtime import graphs
-from worldvln_edge.runtime.policy import ActionChunk, NonFiniteActionsError, PolicySession
+from worldvln_edge.runtime.policy import ActionChunk, NonFiniteActionsError, PolicySession, StoppedError
 from worldvln_edge.runtime.server import BackgroundServer
 from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy, WorldVLNSession, load_policy
 
@@ -356,3 +356,33 @@ def test_closed_session_holds_no_clips(policy, frames):
     session.observe(frames[:5])
     session.close()
     assert session.observed_clips == ()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_a_segment_that_was_stopped_can_be_asked_for_again(policy, frames, flown, steps: int):
+    session = policy.new_session(PROMPT, seed=1)
+    chunks = [session.observe(frames[:1])]
+    asked = iter(range(steps + 1))
+    with pytest.raises(StoppedError):
+        session.observe(frames[1:5], should_stop=lambda: next(asked) == steps)
+    assert (session.frames, session.emitted, session.need) == (5, 0, 0)
+    chunks += [session.observe(()), session.observe(frames[5:9])]
+    np.testing.assert_allclose(actions_of(chunks), flown, atol=MOTION_TOLERANCE)
+
+
+@pytest.mark.parametrize("sent", [0, 1, 3, 5, 8, 9, 13])
+def test_a_restored_session_goes_on_with_the_same_actions(policy, frames, flown, sent: int):
+    before = policy.new_session(PROMPT, seed=1)
+    chunks = [chunk for frame in frames[:sent] if (chunk := before.observe([frame])) is not None]
+    restored = policy.new_session(PROMPT, seed=1)
+    restored.restore(frames[:sent], before.emitted)
+    assert (restored.frames, restored.emitted, restored.need) == (before.frames, before.emitted, before.need)
+    assert restored.counters["token_steps"] == 0
+    chunks += [chunk for frame in frames[sent:FRAMES] if (chunk := restored.observe([frame])) is not None]
+    np.testing.assert_allclose(actions_of(chunks), flown, atol=MOTION_TOLERANCE)
+
+
+@pytest.mark.parametrize(("count", "emitted"), [(0, 0), (4, 1), (9, -2)])
+def test_a_segment_that_cannot_rest_on_the_frames_is_not_restored(policy, frames, count: int, emitted: int):
+    with pytest.raises(ValueError, match=f"segment {emitted} cannot rest on {count} frames"):
+        policy.new_session(PROMPT).restore(frames[:count], emitted)

@@ -14,7 +14,8 @@ from worldvln_edge.runtime.null_policy import NullPolicy
 from worldvln_edge.runtime.server import BackgroundServer
 from worldvln_edge.tasks import write_task_list
 from worldvln_edge.training.bundle_source import SOURCE_FILE, ExportFailedError, bundle_source
-from worldvln_edge.training.demo import DemoError, demo_tasks, run_demo, serve_bundle
+from worldvln_edge.training.demo import demo_tasks, run_demo
+from worldvln_edge.training.served_bundle import ServedBundleError, serve_bundle
 from worldvln_edge.training.sim.flights import FlightsConfig, generate_flights
 from worldvln_edge.training.sim.tasks import generate_task
 
@@ -212,7 +213,7 @@ def test_demo_says_when_the_export_or_the_server_fails(tmp_path):
         run_demo(checkpoint, tmp_path / "demo", tasks=1)
     empty = tmp_path / "bundle"
     empty.mkdir()
-    with pytest.raises(DemoError, match=r"before it was ready: error: .* is no bundle"):
+    with pytest.raises(ServedBundleError, match=r"before it was ready: error: .* is no bundle"):
         serve_bundle(empty, tmp_path / "server.log").__enter__()
 
 

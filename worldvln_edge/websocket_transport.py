@@ -1,0 +1,133 @@
+"""Messages of the native protocol over one WebSocket, for programs with and without an event loop.
+
+Source: spec/session_protocol.md 7 (transports), 7.6.
+"""
+
+from __future__ import annotations
+
+import ssl
+from contextlib import AsyncExitStack, ExitStack
+from typing import Any
+
+from websockets.asyncio.client import connect as connect_async
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMessage, InvalidStatus
+from websockets.sync.client import connect
+from websockets.typing import Subprotocol
+
+from worldvln_edge.client_errors import ConnectionLostError, ServerError, ServerUnreachableError
+from worldvln_edge.conversation import MAX_ANSWER_BYTES, ConnectionConfig
+from worldvln_edge.protocol import ERRORS, WEBSOCKET_SUBPROTOCOL, Encoding, Error, ProtocolError
+
+_MESSAGE_TOO_BIG = 1009
+_OPENING_FAILED = (OSError, InvalidHandshake, EOFError)
+
+
+class WebSocketTransport:
+    """Raises when opened: ServerUnreachableError; ServerError `unauthorized`, `forbidden`."""
+
+    hello_key: str | None = None  # the key is in the upgrade request
+
+    def __init__(self, config: ConnectionConfig):
+        self._open = ExitStack()  # recent websockets connect as a context manager only
+        try:
+            self._socket = self._open.enter_context(connect(config.url, **_options(config)))
+        except _OPENING_FAILED as error:
+            raise _opening_error(config.url, error) from error
+
+    def send(self, data: bytes, encoding: Encoding) -> None:
+        """Raises ConnectionLostError, ProtocolError (`too_large`)."""
+        try:
+            self._socket.send(data, text=encoding == "json")
+        except ConnectionClosed as lost:
+            raise _closed_error(lost) from lost
+
+    def receive(self, timeout_s: float) -> tuple[bytes, Encoding]:
+        """The next message. Raises ConnectionLostError, TimeoutError, ProtocolError (`too_large`)."""
+        try:
+            return _message(self._socket.recv(timeout=timeout_s))
+        except ConnectionClosed as lost:
+            raise _closed_error(lost) from lost
+
+    def close(self) -> None:
+        self._open.close()
+
+
+class AsyncWebSocketTransport:
+    """WebSocketTransport on an event loop."""
+
+    hello_key: str | None = None
+
+    def __init__(self, config: ConnectionConfig):
+        self._config = config
+        self._stack = AsyncExitStack()
+        self._socket: Any = None
+
+    async def open(self) -> None:
+        """Raises what WebSocketTransport raises."""
+        config = self._config
+        try:
+            self._socket = await self._stack.enter_async_context(connect_async(config.url, **_options(config)))
+        except _OPENING_FAILED as error:
+            raise _opening_error(config.url, error) from error
+
+    async def send(self, data: bytes, encoding: Encoding) -> None:
+        try:
+            await self._socket.send(data, text=encoding == "json")
+        except ConnectionClosed as lost:
+            raise _closed_error(lost) from lost
+
+    async def receive(self) -> tuple[bytes, Encoding]:
+        try:
+            return _message(await self._socket.recv())
+        except ConnectionClosed as lost:
+            raise _closed_error(lost) from lost
+
+    async def close(self) -> None:
+        await self._stack.aclose()
+
+
+def _options(config: ConnectionConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "additional_headers": {} if config.key is None else {"Authorization": f"Api-Key {config.key}"},
+        "subprotocols": [Subprotocol(WEBSOCKET_SUBPROTOCOL)],
+        "compression": None,
+        "open_timeout": config.connect_timeout_s,
+        "max_size": MAX_ANSWER_BYTES,
+        "proxy": config.proxy,
+    }
+    return options if config.tls is None else options | {"ssl": config.tls}
+
+
+def _message(data: str | bytes) -> tuple[bytes, Encoding]:
+    return (data.encode(), "json") if isinstance(data, str) else (data, "msgpack")
+
+
+def _closed_error(lost: ConnectionClosed) -> ConnectionLostError | ProtocolError:
+    if lost.rcvd is not None and lost.rcvd.code == _MESSAGE_TOO_BIG:
+        return ProtocolError("too_large", "the server refused a message because of its size; send fewer frames")
+    return ConnectionLostError(f"connection lost: {lost}")
+
+
+def _opening_error(url: str, error: Exception) -> ServerError | ServerUnreachableError:
+    """The typed error of an upgrade that failed, or was answered with an HTTP status."""
+    if not isinstance(error, InvalidStatus):
+        return ServerUnreachableError(url, _reason(url, error))
+    status = error.response.status_code
+    for code, hint in (("unauthorized", "the server wants an API key, or another one"), ("forbidden", "refused")):
+        if ERRORS[code].http == status:
+            return ServerError(Error(re=None, code=code, msg=f"{url}: {hint}", retry=False))
+    return ServerUnreachableError(
+        url, f"HTTP status {status}"
+    )  # 503 while full, 429 above the rate, 404 of another program
+
+
+def _reason(url: str, error: Exception) -> str:
+    """Why no connection was opened; where one side speaks TLS and the other does not, what to change."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {error.verify_message}; ca_file says whom to trust"
+    if isinstance(error, ssl.SSLError):
+        return f"no TLS there: {error.reason or error}; a server without --tls-cert is reached at ws://"
+    text = str(error) or type(error).__name__
+    if url.startswith("ws://") and isinstance(error, InvalidMessage | EOFError | ConnectionResetError):
+        return f"{text}; a server with --tls-cert is reached at wss://"
+    return text
