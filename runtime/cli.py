@@ -127,7 +127,7 @@ def _read_address(context: click.Context, parameter: click.Parameter, value: str
 @click.option(
     "--speculate-threshold",
     type=click.FloatRange(0, 1),
-    default=0.9,
+    default=0.7,
     show_default=True,
     help="Share of the frames' bit labels that must come as predicted.",
 )

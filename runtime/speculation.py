@@ -54,7 +54,7 @@ class SpeculationReport(msgspec.Struct, kw_only=True):
 class SpeculationConfig:
     """When a segment that was generated ahead is taken."""
 
-    threshold: float = 0.9
+    threshold: float = 0.7
     """Share of equal bit labels, 0..1."""
 
     def __post_init__(self) -> None:

@@ -58,6 +58,9 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         "worldvln_edge.training.profiles_cli:profiles_command", "cpu,sim", "Measure what profiles save and cost."
     ),
     "train": Subcommand("worldvln_edge.training.cli:train_command", "train", "Train the models, stage by stage."),
+    "missions": Subcommand(
+        "worldvln_edge.training.missions_cli:missions_command", "cpu,sim", "Fly chains of instructions, and report."
+    ),
     "speculation": Subcommand(
         "worldvln_edge.training.speculation_cli:speculation_command",
         "cpu,sim",
