@@ -148,11 +148,10 @@ class FullHorizonFlight:
         return [predicted_to_uint8(decoder.commit_pixels(decoder.commit(part), part)[0]) for part in parts]
 
     def _actions(self, codes_DTHW: np.ndarray, observed: int, following: int) -> np.ndarray:
-        engines, head = self._policy.engines, self._policy.config.action_decoder
+        head = self._policy.config.action_decoder
         with self._clock("vae_decoder"):
             features = self._decode(codes_DTHW)
         with self._clock("action_decoder"):
-            adapter = engines[graphs.ACTION_ADAPTER]
-            tokens = np.concatenate([adapter.run({"features": part})["tokens"] for part in features])
+            tokens = np.concatenate([self._policy.tokens(part) for part in features])
             seen = tokens[context_frame(observed, head.left_context) - 1 : following]
             return self._policy.actions(seen, observed, following)

@@ -223,7 +223,8 @@ class ObservationRunner:
         finally:
             session.refresh()
         if chunk is not None:
-            self.estimate.add(took_s)
+            if not chunk.was_ready:
+                self.estimate.add(took_s)
             self._check_shape(session, chunk)
             chunk = self._within_envelope(session, chunk, deadline_s)
             self._meter.segment(chunk, took_s)

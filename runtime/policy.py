@@ -38,6 +38,7 @@ class ActionChunk:
     head: Literal["latent", "rgb"] = "latent"
     profile: str = "exact"  # generation profile that was flown
     profile_reason: str = ""  # why, where a deadline decided
+    was_ready: bool = False  # generated before its frames were there: what it took now tells nothing about the next one
     hold: str | None = None  # why the safety envelope put zero motion in the place of the actions
     timings_ms: dict[str, float] = field(default_factory=dict)  # stage -> milliseconds
 

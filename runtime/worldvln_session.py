@@ -301,6 +301,7 @@ class WorldVLNSession:
     def _emit_segment(self, segment: int, budget_s: float | None, should_stop: Callable[[], bool]) -> ActionChunk:
         start = time.perf_counter()
         made, reason = self._speculator.take(segment, seed=self._seed, profile=self.profile, clips=self._clips)
+        was_ready = made is not None
         if made is None:
             made, reason = self._generated(segment, budget_s, should_stop, start)
         self.emitted, self.last_prediction = segment, made.clips
@@ -315,6 +316,7 @@ class WorldVLNSession:
             seed=self._seed,
             profile=made.profile.name,
             profile_reason=reason,
+            was_ready=was_ready,
             timings_ms=self._clock.take(),
         )
 

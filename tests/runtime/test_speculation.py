@@ -54,6 +54,7 @@ def test_what_does_not_come_as_predicted_is_generated_anew(plain, frames):
     assert report.saved_s == 0 < report.added_s
     assert all(0 < agreement < 1 for agreement in report.agreements)
     assert [chunk.profile_reason for chunk in chunks] == ["", "", ""]
+    assert not any(chunk.was_ready for chunk in chunks)
 
 
 def test_work_of_speculation_is_counted_apart(plain, frames):
@@ -84,6 +85,7 @@ def test_an_accepted_segment_is_what_the_predicted_frames_lead_to(plain, frames)
     np.testing.assert_allclose(chunk.actions, expected, atol=1e-3)
     assert chunk.profile_reason.startswith("generated ahead; ")
     assert "came as predicted" in chunk.profile_reason
+    assert chunk.was_ready
     assert "world_model_step" not in chunk.timings_ms
     report = session.speculated
     assert (report.segments, report.finished, report.accepted) == (1, 1, 1)

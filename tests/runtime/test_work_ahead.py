@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 
@@ -200,3 +201,32 @@ def test_long_work_makes_way_for_its_own_frames_and_goes_on_after_them():
 
     asyncio.run(fly())
     assert policy.opened[0].parts == 10
+
+
+class ReadySession(NullSession):
+    """Its second segment was generated ahead, so it takes no time."""
+
+    def observe(self, frames, **options):
+        chunk = super().observe(frames, **options)
+        self._policy.infer_s = 0.0
+        return chunk and replace(chunk, was_ready=chunk.segment == 1)
+
+
+class ReadyPolicy(NullPolicy):
+    def new_session(self, prompt, *, seed=0, negative_prompt="", emit="ahead"):
+        return ReadySession(self, prompt, seed=seed, emit=emit)
+
+
+def test_segment_that_was_ready_does_not_shorten_the_estimate_of_the_next():
+    async def fly() -> tuple[float, float]:
+        manager = SessionManager(ReadyPolicy(infer_s=0.2))
+        await manager.start("", Start(id=1, session="s", prompt="go"))
+        await manager.observe("", observe(1, 1))
+        before = manager._observations.estimate.seconds
+        await manager.observe("", observe(2, 16))
+        after = manager._observations.estimate.seconds
+        manager.close()
+        return before, after
+
+    before, after = asyncio.run(fly())
+    assert before == after >= 0.2
