@@ -33,7 +33,7 @@ endef
 
 # The bundle is kept as long as neither the checkpoint nor the exporter changes; files are compared, not their dates.
 define ensure_bundle
-	$(BIN)/python -c 'import sys; from pathlib import Path; from worldvln_edge.training.bundle_source import \
+	$(BIN)/python -c 'import sys; from pathlib import Path; from worldvln_edge.training.evaluation.bundle_source import \
 		ensure_bundle; ensure_bundle(Path(sys.argv[1]), Path(sys.argv[2]))' $(1) $(2)
 endef
 
@@ -77,7 +77,7 @@ profiles-schedule: setup $(VENV)/.rendering ## What they save at the released sc
 
 # Asks for the GPU first, because checkpoint and bundle take 42 GB and half an hour.
 bench-gpu: setup ## Time every graph at the released 8B width on a GPU, random weights (VENV=.venv-gpu EXTRAS=gpu,export).
-	@why=$$($(BIN)/python -c 'from worldvln_edge.runtime.bench_device import why_not_measurable; \
+	@why=$$($(BIN)/python -c 'from worldvln_edge.runtime.bench.bench_device import why_not_measurable; \
 		print(why_not_measurable() or "")'); \
 	if [ -n "$$why" ]; then echo "not measured: $$why"; exit 0; fi; set -x; \
 	[ -e runs/bench/gpu/checkpoint ] || $(BIN)/worldvln-edge make-checkpoint --preset worldvln-8b --random 0 \

@@ -1,6 +1,6 @@
 """What of a bundle can be compared without running it: its files against the checkpoint, its graphs against ONNX.
 
-Source: runtime/graphs.py (names, inputs and outputs of every graph); ONNX checker and shape inference.
+Source: runtime/worldvln/graphs.py (names, inputs and outputs of every graph); ONNX checker and shape inference.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from worldvln_edge.export.exporter import tensor_specs
 from worldvln_edge.export.graph_sources import guidance_rows, kv_capacity
 from worldvln_edge.export.parity_bounds import ParityRow
 from worldvln_edge.models.checkpoint_source import CheckpointSource
-from worldvln_edge.runtime import graphs
+from worldvln_edge.runtime.worldvln import graphs
 
 
 def compare_contents(bundle: Bundle, source: CheckpointSource) -> tuple[ParityRow, bool]:

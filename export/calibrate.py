@@ -36,7 +36,7 @@ from worldvln_edge.models.key_values import ReferenceKV
 from worldvln_edge.models.worldvln import WorldVLN
 from worldvln_edge.prompts import tagged_prompt
 from worldvln_edge.rope import text_rope, visual_rope
-from worldvln_edge.runtime.tokenizer import PromptTokenizer
+from worldvln_edge.runtime.worldvln.tokenizer import PromptTokenizer
 
 Flight = tuple[np.ndarray, str]
 """(uint8 RGB [F, H, W, 3], instruction)"""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from worldvln_edge.config import ModelConfig, TimesFormerConfig
 from worldvln_edge.export.vae_cost import decoder_layers, encoder_layers, pixel_layers, states, widest_elements
-from worldvln_edge.runtime import graphs
+from worldvln_edge.runtime.worldvln import graphs
 from worldvln_edge.world_model_flops import context_macs, step_macs
 
 

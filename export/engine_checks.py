@@ -20,10 +20,10 @@ from worldvln_edge.export.parity_bounds import runs_on_cpu
 from worldvln_edge.export.parity_calls import NoParityCallsError
 from worldvln_edge.export.process_per_job import Died, run_each
 from worldvln_edge.parity_record import EngineParity
-from worldvln_edge.runtime.cuda_memory import CudaMemory
-from worldvln_edge.runtime.device_memory import DeviceMemory, DeviceMemoryError
-from worldvln_edge.runtime.engine import EngineError
-from worldvln_edge.runtime.tensorrt_library import load_tensorrt
+from worldvln_edge.runtime.engines.cuda_memory import CudaMemory
+from worldvln_edge.runtime.engines.device_memory import DeviceMemory, DeviceMemoryError
+from worldvln_edge.runtime.engines.engine import EngineError
+from worldvln_edge.runtime.engines.tensorrt_library import load_tensorrt
 
 
 @dataclass(frozen=True, kw_only=True)

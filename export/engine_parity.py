@@ -27,10 +27,10 @@ from worldvln_edge.bundle import Bundle, EngineEntry, GraphEntry
 from worldvln_edge.export.parity_bounds import Differences
 from worldvln_edge.export.parity_calls import NOISY_INPUTS, Arrays, ParityCall, new_caches, plan_calls
 from worldvln_edge.parity_record import EngineParity, OutputParity
-from worldvln_edge.runtime.device_memory import DeviceMemory, DeviceMemoryError
-from worldvln_edge.runtime.engine import Engine, EngineError, OnnxEngine
-from worldvln_edge.runtime.engine_signature import EngineShapeError
-from worldvln_edge.runtime.tensorrt_engine import TensorRTEngine
+from worldvln_edge.runtime.engines.device_memory import DeviceMemory, DeviceMemoryError
+from worldvln_edge.runtime.engines.engine import Engine, EngineError, OnnxEngine
+from worldvln_edge.runtime.engines.engine_signature import EngineShapeError
+from worldvln_edge.runtime.engines.tensorrt_engine import TensorRTEngine
 
 CACHE = "kv_cache"
 """All new entries of a call, in the table of outputs."""

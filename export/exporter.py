@@ -2,7 +2,7 @@
 
 Graphs are traced from shapes alone; then the weights stream from the checkpoint into the bundle's weight file, cast and
 quantised on the way. A run that was stopped goes on behind the last complete tensor.
-Source: runtime/graphs.py (names, inputs and outputs of every graph).
+Source: runtime/worldvln/graphs.py (names, inputs and outputs of every graph).
 """
 
 from __future__ import annotations

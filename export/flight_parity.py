@@ -24,7 +24,7 @@ from worldvln_edge.export.parity_bounds import (
 from worldvln_edge.export.torch_flight import TorchSegment
 from worldvln_edge.models.generation import StepRecord
 from worldvln_edge.noise import step_uniforms
-from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy
+from worldvln_edge.runtime.worldvln.worldvln_policy import WorldVLNPolicy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ import torch
 
 from worldvln_edge.export.torch_flight import TorchSegment
 from worldvln_edge.models.generation import StepRecord
-from worldvln_edge.runtime.kv_cache import KVCache
-from worldvln_edge.runtime.multiscale import ObservedClip, encode_clip
-from worldvln_edge.runtime.world_model import GeneratedClip, WorldModelDriver
-from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy
+from worldvln_edge.runtime.worldvln.kv_cache import KVCache
+from worldvln_edge.runtime.worldvln.multiscale import ObservedClip, encode_clip
+from worldvln_edge.runtime.worldvln.world_model import GeneratedClip, WorldModelDriver
+from worldvln_edge.runtime.worldvln.worldvln_policy import WorldVLNPolicy
 
 
 def forced_clips(

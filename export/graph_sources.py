@@ -1,7 +1,7 @@
 """Every graph of a bundle: the module to trace, example inputs, names and dynamic axes.
 
 Example sizes are all different, so that no two axes are taken for one.
-Source: runtime/graphs.py (names, inputs and outputs of every graph).
+Source: runtime/worldvln/graphs.py (names, inputs and outputs of every graph).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from worldvln_edge.export.video_vae_graphs import DecoderGraph, EncoderGraph, Pi
 from worldvln_edge.export.world_model_graphs import BlockGraph, ContextGraph, KVFlavour, LatentEmbedGraph, StepGraph
 from worldvln_edge.models.video_vae import decoder_state_shapes, encoder_state_shapes
 from worldvln_edge.models.worldvln import WorldVLN
-from worldvln_edge.runtime import graphs
+from worldvln_edge.runtime.worldvln import graphs
 from worldvln_edge.scale_schedule import ScaleSchedule
 
 

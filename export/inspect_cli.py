@@ -11,7 +11,7 @@ from worldvln_edge.presets import PRESET_NAMES
 
 if TYPE_CHECKING:
     from worldvln_edge.export.inspect_report import InspectReport
-    from worldvln_edge.runtime.session_memory import SessionMemory
+    from worldvln_edge.runtime.worldvln.session_memory import SessionMemory
 
 _NOTE = (
     "Roofline seconds are an estimate, not a measurement: the sum over graph calls of max(operations / dense peak\n"

@@ -24,8 +24,8 @@ from worldvln_edge.export.inspect_bundle import (
 )
 from worldvln_edge.export.parameter_counts import PRECISIONS, graph_parameters, network_parameters
 from worldvln_edge.export.segment_costs import FlightCosts, GraphWeights, SegmentCost, roofline_seconds
-from worldvln_edge.runtime import graphs
-from worldvln_edge.runtime.session_memory import SessionMemory, SessionSizes, session_memory
+from worldvln_edge.runtime.worldvln import graphs
+from worldvln_edge.runtime.worldvln.session_memory import SessionMemory, SessionSizes, session_memory
 
 _PROMPT_TOKENS = 32  # a sentence or two, as in spec/world_model.md 9.3
 _STRUCT = {"frozen": True, "kw_only": True}

@@ -13,7 +13,7 @@ The first frame of a flight is always observed, never generated, so steps have t
 
 Legend: B guidance rows, n tokens of a step = T*h*w, C width, D latent channels, T latent frames, H W latent rows and
 columns, F frames.
-Source: spec/world_model.md 3, 6, 9.2; spec/video_vae.md 8; spec/action_decoder.md 4; runtime/graphs.py.
+Source: spec/world_model.md 3, 6, 9.2; spec/video_vae.md 8; spec/action_decoder.md 4; runtime/worldvln/graphs.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Literal
 
 from worldvln_edge.bundle import GraphEntry
 from worldvln_edge.config import ModelConfig
-from worldvln_edge.runtime import graphs
+from worldvln_edge.runtime.worldvln import graphs
 from worldvln_edge.scale_schedule import ScaleSchedule
 
 Shape = tuple[int, ...]
@@ -63,7 +63,7 @@ def graph_profiles(
     """Profiles of one graph; none for a graph whose inputs all have fixed shapes.
 
     Args:
-        graph: name, see `runtime/graphs.py`.
+        graph: name, see `runtime/worldvln/graphs.py`.
         entry: what the manifest says about it.
         config: of the bundle.
         rows: guidance rows B of the bundle.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from worldvln_edge.config import ModelConfig, TextEncoderConfig, TimesFormerConfig, WorldModelConfig
 from worldvln_edge.export.vae_cost import decoder_layers, encoder_layers, norm_parameters, pixel_layers
-from worldvln_edge.runtime import graphs
+from worldvln_edge.runtime.worldvln import graphs
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
 INT4_BLOCK = 64

@@ -6,7 +6,7 @@ many or too few gives other results.
 
 Legend: B guidance rows, n tokens, D latent channels, T latent frames, h w rows and columns of a scale, M cache
 capacity.
-Source: runtime/graphs.py (inputs of every graph); spec/world_model.md 6; optimisation_profiles (the shapes).
+Source: runtime/worldvln/graphs.py (inputs of every graph); spec/world_model.md 6; optimisation_profiles (the shapes).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy as np
 
 from worldvln_edge.bundle import Bundle, GraphEntry, Manifest
 from worldvln_edge.export.optimisation_profiles import ProfileError, graph_profiles
-from worldvln_edge.runtime import graphs
-from worldvln_edge.runtime.engine import OnnxEngine
-from worldvln_edge.runtime.scale_tables import ScaleTables
+from worldvln_edge.runtime.engines.engine import OnnxEngine
+from worldvln_edge.runtime.worldvln import graphs
+from worldvln_edge.runtime.worldvln.scale_tables import ScaleTables
 from worldvln_edge.scale_schedule import ScaleStep
 
 Shape = tuple[int, ...]
@@ -74,7 +74,7 @@ def plan_calls(bundle: Bundle, graph: str, seed: int = 0) -> list[ParityCall]:
 
     Args:
         bundle: gives shapes, and the graph of the first call where the graph goes on from one.
-        graph: see `runtime/graphs.py`.
+        graph: see `runtime/worldvln/graphs.py`.
         seed: of the values.
 
     Raises:

@@ -26,7 +26,7 @@ from worldvln_edge.export.parity_bounds import (
     bounded_row,
 )
 from worldvln_edge.export.torch_flight import TorchSegment
-from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy
+from worldvln_edge.runtime.worldvln.worldvln_policy import WorldVLNPolicy
 
 STAGE = "precision_cost"
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from worldvln_edge.action_windows import context_frame
 from worldvln_edge.export.cost_model import CallCost, CostModel
 from worldvln_edge.export.devices import Device
-from worldvln_edge.runtime.graphs import TEXT_ENCODER, WORLD_MODEL_CONTEXT, WORLD_MODEL_STEP
+from worldvln_edge.runtime.worldvln.graphs import TEXT_ENCODER, WORLD_MODEL_CONTEXT, WORLD_MODEL_STEP
 from worldvln_edge.scale_schedule import Clip, ScaleSchedule
 
 Key = tuple[int, int]  # (clip, scale)
@@ -127,8 +127,8 @@ class FlightCosts:
     def stored_entries(self) -> int:
         """Most entries of earlier scales that a session keeps beside its cache, text included.
 
-        Follows `runtime/kv_cache.py`: a scale is stored when it was computed and dropped after the next clip was
-        observed, if no later clip refers to it.
+        Follows `runtime/worldvln/kv_cache.py`: a scale is stored when it was computed and dropped after the next
+        clip was observed, if no later clip refers to it.
         """
         stored: dict[Key, int] = {}
         most = 0

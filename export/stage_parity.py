@@ -39,10 +39,10 @@ from worldvln_edge.export.parity_bounds import (
 from worldvln_edge.export.torch_flight import TorchSegment
 from worldvln_edge.images import rgb_head_input, transform
 from worldvln_edge.models.worldvln import Checkpoint
-from worldvln_edge.runtime import graphs
-from worldvln_edge.runtime.engine import Engine, OnnxEngine
-from worldvln_edge.runtime.video_stream import FeatureDecoder, FrameEncoder
-from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy
+from worldvln_edge.runtime.engines.engine import Engine, OnnxEngine
+from worldvln_edge.runtime.worldvln import graphs
+from worldvln_edge.runtime.worldvln.video_stream import FeatureDecoder, FrameEncoder
+from worldvln_edge.runtime.worldvln.worldvln_policy import WorldVLNPolicy
 
 STAGES = (
     "text_encoder",

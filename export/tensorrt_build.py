@@ -25,9 +25,9 @@ from worldvln_edge.export.engine_records import only_writer, record_engine
 from worldvln_edge.export.optimisation_profiles import Style, graph_profiles
 from worldvln_edge.export.process_per_job import Died, run_each
 from worldvln_edge.export.tensorrt_builder import build_engine
-from worldvln_edge.runtime.cuda_memory import CudaMemory
-from worldvln_edge.runtime.engine import EngineError
-from worldvln_edge.runtime.tensorrt_library import load_tensorrt
+from worldvln_edge.runtime.engines.cuda_memory import CudaMemory
+from worldvln_edge.runtime.engines.engine import EngineError
+from worldvln_edge.runtime.engines.tensorrt_library import load_tensorrt
 
 LOCAL = "local"
 _MARGIN_BYTES = 64 << 20

@@ -15,7 +15,7 @@ from worldvln_edge.atomic import atomic_file
 from worldvln_edge.bundle import EngineEntry, file_entry
 from worldvln_edge.export.build_job import BuildJob, EngineBuildError
 from worldvln_edge.export.tensorrt_network import check_formats, check_inputs_used, network_formats, parse_network
-from worldvln_edge.runtime.tensorrt_library import LogSpan, load_tensorrt, tensorrt_log
+from worldvln_edge.runtime.engines.tensorrt_library import LogSpan, load_tensorrt, tensorrt_log
 
 TIMING_CACHE = "timing.cache"
 

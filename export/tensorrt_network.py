@@ -6,7 +6,7 @@ TensorRT's ONNX parser (RTX 1.7, checked) drops the input of `Attention` that sa
 the engine would attend to stale entries and say nothing. `_restore_kv_lengths` puts it back, and an input that the
 builder reports as unused fails the build.
 
-Source: design of the graphs in runtime/graphs.py; ONNX opset 24 `Attention`, input 7.
+Source: design of the graphs in runtime/worldvln/graphs.py; ONNX opset 24 `Attention`, input 7.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import onnx
 
 from worldvln_edge.export.build_job import AHEAD_OF_TIME, BuildJob, EngineBuildError, Target
-from worldvln_edge.runtime.tensorrt_library import LogSpan
+from worldvln_edge.runtime.engines.tensorrt_library import LogSpan
 
 LEAST_CAPABILITY_RTX = {"fp16": 75, "int8": 75, "fp32": 80, "bf16": 80, "int4": 80, "fp8": 89}
 """Number format -> first compute capability that tensorrt_rtx 1.7 multiplies it for; found by asking it to build.

@@ -55,10 +55,10 @@ from worldvln_edge.export.weight_parity import compare_weights
 from worldvln_edge.models.checkpoint_source import CheckpointSource, load_source
 from worldvln_edge.models.worldvln import Checkpoint
 from worldvln_edge.prompts import tagged_prompt
-from worldvln_edge.runtime import graphs
-from worldvln_edge.runtime.engine import Engine, OnnxEngine
-from worldvln_edge.runtime.tokenizer import PromptTokenizer
-from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy, load_policy
+from worldvln_edge.runtime.engines.engine import Engine, OnnxEngine
+from worldvln_edge.runtime.worldvln import graphs
+from worldvln_edge.runtime.worldvln.tokenizer import PromptTokenizer
+from worldvln_edge.runtime.worldvln.worldvln_policy import WorldVLNPolicy, load_policy
 
 __all__ = ["ParityReport", "VerifyError", "record_parity", "verify_bundle"]
 

@@ -154,7 +154,7 @@ class LatentEmbedGraph(nn.Module):
 
 
 class StepGraph(nn.Module):
-    """One generation step: codes so far in, codes with this step's bits out (`runtime/graphs.py` lists the inputs)."""
+    """One generation step: codes so far in, codes with this step's bits out (inputs: `runtime/worldvln/graphs.py`)."""
 
     def __init__(self, model: WorldModel, *, is_guided: bool, norm_threshold: float, eta: float):
         super().__init__()

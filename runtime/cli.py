@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from worldvln_edge.runtime.backend_option import backend_option
+from worldvln_edge.runtime.doors.zmq_option import zmq_config, zmq_options
+from worldvln_edge.runtime.engines.backend_option import backend_option
 from worldvln_edge.runtime.profile_options import also_option, own_profiles_option
-from worldvln_edge.runtime.zmq_option import zmq_config, zmq_options
 
 if TYPE_CHECKING:
-    from worldvln_edge.runtime.backends import BackendName
-    from worldvln_edge.runtime.server_log import LogFormat
+    from worldvln_edge.runtime.doors.server_log import LogFormat
+    from worldvln_edge.runtime.engines.backends import BackendName
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -186,19 +186,19 @@ def serve_command(
     # Imported here so that `worldvln-edge serve --help` needs neither the server nor the engines.
     from worldvln_edge.generation_profile import read_profiles
     from worldvln_edge.protocol import Limits
-    from worldvln_edge.runtime.access import read_key_file
-    from worldvln_edge.runtime.envelope import read_envelope
-    from worldvln_edge.runtime.listen_address import check_address
-    from worldvln_edge.runtime.server import DEFAULT_HOST, DEFAULT_PORT, serve
-    from worldvln_edge.runtime.server_log import configure_log
-    from worldvln_edge.runtime.session_journal import SessionJournal
-    from worldvln_edge.runtime.speculation import SpeculationConfig
-    from worldvln_edge.runtime.tls import context_of_options
-    from worldvln_edge.runtime.tracing import open_tracing
-    from worldvln_edge.runtime.worldvln_policy import load_policy
-    from worldvln_edge.runtime.zmq_config import check_endpoints
+    from worldvln_edge.runtime.doors.access import read_key_file
+    from worldvln_edge.runtime.doors.listen_address import check_address
+    from worldvln_edge.runtime.doors.server import DEFAULT_HOST, DEFAULT_PORT, serve
+    from worldvln_edge.runtime.doors.server_log import configure_log
+    from worldvln_edge.runtime.doors.tls import context_of_options
+    from worldvln_edge.runtime.doors.zmq_config import check_endpoints
+    from worldvln_edge.runtime.sessions.envelope import read_envelope
+    from worldvln_edge.runtime.sessions.session_journal import SessionJournal
+    from worldvln_edge.runtime.sessions.tracing import open_tracing
+    from worldvln_edge.runtime.worldvln.speculation import SpeculationConfig
+    from worldvln_edge.runtime.worldvln.worldvln_policy import load_policy
 
-    logging.getLogger("worldvln_edge.runtime.backends").setLevel(logging.INFO)  # says what was chosen, and why
+    logging.getLogger("worldvln_edge.runtime.engines.backends").setLevel(logging.INFO)  # says what was chosen, and why
     keys = read_key_file(key_file) if key_file is not None else ()
     configure_log(log_format, log_level, secrets=keys)
     zmq = zmq_config(zmq_endpoints, zmq_key_file, zmq_clients, zmq_ipc_mode)

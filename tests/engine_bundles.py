@@ -12,7 +12,7 @@ from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from worldvln_edge.bundle import SCHEMA, TOKENIZER_FILE, Bundle, Manifest, file_entry, write_manifest
 from worldvln_edge.presets import nano
-from worldvln_edge.runtime.graphs import ACTION_ADAPTER, GUIDANCE_ROWS, LATENT_EMBED
+from worldvln_edge.runtime.worldvln.graphs import ACTION_ADAPTER, GUIDANCE_ROWS, LATENT_EMBED
 
 WEIGHTS = "weights.bin"
 BLOCK = "cached_block"

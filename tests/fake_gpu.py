@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 
-from worldvln_edge.runtime.device_memory import DeviceMemoryError, DeviceSpan, Strips, check_span
+from worldvln_edge.runtime.engines.device_memory import DeviceMemoryError, DeviceSpan, Strips, check_span
 
 _ALIGNMENT = 256
 

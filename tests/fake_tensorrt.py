@@ -19,7 +19,7 @@ from onnx import helper
 
 from worldvln_edge.bundle import Bundle
 from worldvln_edge.export import engine_checks
-from worldvln_edge.runtime.tensorrt_library import tensorrt_log
+from worldvln_edge.runtime.engines.tensorrt_library import tensorrt_log
 
 BATCH, HEADS, CAPACITY, SIZE = 1, 2, 8, 3
 CACHE = (BATCH, HEADS, CAPACITY, SIZE)

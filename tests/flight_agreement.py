@@ -4,7 +4,7 @@ import numpy as np
 from small_models import random_frames
 
 from worldvln_edge.noise import step_uniforms
-from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy, WorldVLNSession
+from worldvln_edge.runtime.worldvln.worldvln_policy import WorldVLNPolicy, WorldVLNSession
 
 PROMPT = "fly forward 5 m"
 

@@ -25,7 +25,7 @@ from worldvln_edge.config import (
 )
 from worldvln_edge.models.worldvln import HeadStats, WorldVLN, save_checkpoint
 from worldvln_edge.presets import preset
-from worldvln_edge.training.tokenizer import build_word_tokenizer
+from worldvln_edge.training.stages.tokenizer import build_word_tokenizer
 
 WORDS = ("fly", "forward", "back", "turn", "left", "right", "climb", "to", "the", "red", "tower", "5", "m", ".")
 STATS = HeadStats(

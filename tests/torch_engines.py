@@ -1,4 +1,4 @@
-"""The graphs of a bundle in eager PyTorch, behind the interface of `runtime/engine.py`: a second opinion for tests.
+"""The graphs of a bundle in eager PyTorch, behind `runtime/engines/engine.py`'s interface: a second opinion for tests.
 
 The modules are those that the exporter traces. What it writes as ONNX operators (the blocks, the cache, attention) is
 computed here in PyTorch, so nothing of ONNX is left. Values that are not fetched are PyTorch tensors.

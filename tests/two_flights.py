@@ -3,7 +3,7 @@
 import numpy as np
 from small_models import random_frames
 
-from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy
+from worldvln_edge.runtime.worldvln.worldvln_policy import WorldVLNPolicy
 
 PROMPTS = ("fly forward 5 m", "turn left to the tower")
 

@@ -11,7 +11,7 @@ from worldvln_edge.runtime.profile_options import also_option, own_profiles_opti
 from worldvln_edge.training.profile_options import own_profiles, profile_option, refuse_without_bundle
 
 if TYPE_CHECKING:
-    from worldvln_edge.training.flight_run import FlightRun
+    from worldvln_edge.training.evaluation.flight_run import FlightRun
 
 _DEFAULT_SERVER = "ws://127.0.0.1:8001"
 _FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -65,7 +65,7 @@ def fly_command(
 
     from worldvln_edge.generation_profile import EXACT
     from worldvln_edge.tasks import read_task_list
-    from worldvln_edge.training.flight_run import FlightRunConfig, fly_tasks
+    from worldvln_edge.training.evaluation.flight_run import FlightRunConfig, fly_tasks
 
     if server is not None and bundle is not None:
         raise click.UsageError("give either --server URL or --bundle DIR")
@@ -82,8 +82,8 @@ def fly_command(
         _print_run(fly_tasks(tasks, out, config), as_json)
         return
 
-    from worldvln_edge.training.evaluation import check_bundle
-    from worldvln_edge.training.served_bundle import serve_bundle
+    from worldvln_edge.training.evaluation.evaluation import check_bundle
+    from worldvln_edge.training.evaluation.served_bundle import serve_bundle
 
     name = profile or EXACT
     check_bundle(bundle, name, own_profiles(profile_file))  # a wrong one is refused without a server
@@ -143,10 +143,16 @@ def eval_command(
 
     from worldvln_edge.atomic import atomic_file
     from worldvln_edge.generation_profile import EXACT
-    from worldvln_edge.training.baselines import read_action_tables
-    from worldvln_edge.training.evaluation import BundlePilot, RemotePilot, check_bundle, check_server, evaluate
-    from worldvln_edge.training.evaluation_tables import evaluation_markdown
-    from worldvln_edge.training.flight_report import write_json
+    from worldvln_edge.training.evaluation.baselines import read_action_tables
+    from worldvln_edge.training.evaluation.evaluation import (
+        BundlePilot,
+        RemotePilot,
+        check_bundle,
+        check_server,
+        evaluate,
+    )
+    from worldvln_edge.training.evaluation.evaluation_tables import evaluation_markdown
+    from worldvln_edge.training.evaluation.flight_report import write_json
     from worldvln_edge.training.sim.tasks import generate_task
 
     refuse_without_bundle(bundle, profile, profile_file, also)
@@ -218,7 +224,7 @@ def train_command(
 
     import torch
 
-    from worldvln_edge.training.pipeline import Recipe, train_model
+    from worldvln_edge.training.stages.pipeline import Recipe, train_model
 
     torch.set_num_threads(threads)
     recipe = Recipe() if share == 1.0 else Recipe().scaled(share)
@@ -250,7 +256,7 @@ def demo_command(out: Path, tasks: int, checkpoint: Path | None, seed: int, with
 def _print_run(run: FlightRun, as_json: bool) -> None:
     import msgspec
 
-    from worldvln_edge.training.flight_report import summary_table
+    from worldvln_edge.training.evaluation.flight_report import summary_table
 
     if as_json:
         click.echo(msgspec.json.encode(run.summary).decode())
@@ -267,6 +273,6 @@ def _print_run(run: FlightRun, as_json: bool) -> None:
 def _first_key(key_file: Path | None) -> str | None:
     if key_file is None:
         return None
-    from worldvln_edge.runtime.access import read_key_file
+    from worldvln_edge.runtime.doors.access import read_key_file
 
     return read_key_file(key_file)[0]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from worldvln_edge.bundle import Bundle
 from worldvln_edge.tasks import Task
-from worldvln_edge.training.bundle_source import ensure_bundle
-from worldvln_edge.training.flight_run import FlightRun, FlightRunConfig, fly_tasks
-from worldvln_edge.training.served_bundle import serve_bundle
+from worldvln_edge.training.evaluation.bundle_source import ensure_bundle
+from worldvln_edge.training.evaluation.flight_run import FlightRun, FlightRunConfig, fly_tasks
+from worldvln_edge.training.evaluation.served_bundle import serve_bundle
 from worldvln_edge.training.sim.instructions import TASK_KINDS
 from worldvln_edge.training.sim.tasks import generate_task
 

@@ -42,27 +42,33 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     ),
     "serve": Subcommand("worldvln_edge.runtime.cli:serve_command", "cpu,serve", "Serve a bundle to drones."),
     "keygen": Subcommand("worldvln_edge.keygen_cli:keygen_command", "zmq", "Make CURVE keys for ZeroMQ."),
-    "bench": Subcommand("worldvln_edge.runtime.bench_cli:bench_command", "cpu", "Time a bundle, stage by stage."),
+    "bench": Subcommand("worldvln_edge.runtime.bench.bench_cli:bench_command", "cpu", "Time a bundle, stage by stage."),
     "bench-serve": Subcommand(
-        "worldvln_edge.runtime.serve_load_cli:bench_serve_command", "serve", "Time the server itself, under load."
+        "worldvln_edge.runtime.bench.serve_load_cli:bench_serve_command", "serve", "Time the server itself, under load."
     ),
     "soak": Subcommand(
-        "worldvln_edge.runtime.soak_cli:soak_command", "cpu", "Fly a bundle for long, and see that nothing grows."
+        "worldvln_edge.runtime.bench.soak_cli:soak_command", "cpu", "Fly a bundle for long, and see that nothing grows."
     ),
     "tune": Subcommand(
-        "worldvln_edge.runtime.tune_cli:tune_command", "cpu", "Time a bundle's profiles, so that deadlines can choose."
+        "worldvln_edge.runtime.bench.tune_cli:tune_command",
+        "cpu",
+        "Time a bundle's profiles, so that deadlines can choose.",
     ),
     "fly": Subcommand("worldvln_edge.training.cli:fly_command", "sim", "Fly tasks in the simulator against a server."),
     "eval": Subcommand("worldvln_edge.training.cli:eval_command", "sim", "Fly a set of tasks and report the metrics."),
     "profiles": Subcommand(
-        "worldvln_edge.training.profiles_cli:profiles_command", "cpu,sim", "Measure what profiles save and cost."
+        "worldvln_edge.training.evaluation.profiles_cli:profiles_command",
+        "cpu,sim",
+        "Measure what profiles save and cost.",
     ),
     "train": Subcommand("worldvln_edge.training.cli:train_command", "train", "Train the models, stage by stage."),
     "missions": Subcommand(
-        "worldvln_edge.training.missions_cli:missions_command", "cpu,sim", "Fly chains of instructions, and report."
+        "worldvln_edge.training.evaluation.missions_cli:missions_command",
+        "cpu,sim",
+        "Fly chains of instructions, and report.",
     ),
     "speculation": Subcommand(
-        "worldvln_edge.training.speculation_cli:speculation_command",
+        "worldvln_edge.training.evaluation.speculation_cli:speculation_command",
         "cpu,sim",
         "Measure segments that are generated ahead.",
     ),

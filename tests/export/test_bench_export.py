@@ -15,7 +15,7 @@ from worldvln_edge.export import bench_export, exporter
 from worldvln_edge.export.bench_export import ExportStep, bench_exports, table
 from worldvln_edge.export.graph_tracer import GraphTracer
 from worldvln_edge.export.parameter_counts import graph_parameters
-from worldvln_edge.runtime.graphs import WORLD_MODEL_STEP
+from worldvln_edge.runtime.worldvln.graphs import WORLD_MODEL_STEP
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from worldvln_edge.export.segment_costs import FlightCosts
 from worldvln_edge.export.tracing import fake_model, trace_graph
 from worldvln_edge.export.vae_cost import decoder_layers
 from worldvln_edge.presets import preset
-from worldvln_edge.runtime import graphs
+from worldvln_edge.runtime.worldvln import graphs
 
 L = 32
 

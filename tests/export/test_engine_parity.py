@@ -28,8 +28,8 @@ from worldvln_edge.export.optimisation_profiles import graph_profiles
 from worldvln_edge.export.parity_calls import new_caches, plan_calls
 from worldvln_edge.export.tensorrt_build import build_engines, parse_targets
 from worldvln_edge.parity_record import EngineParity
-from worldvln_edge.runtime import graphs
-from worldvln_edge.runtime.tensorrt_library import tensorrt_log
+from worldvln_edge.runtime.engines.tensorrt_library import tensorrt_log
+from worldvln_edge.runtime.worldvln import graphs
 
 NEXT_DECODER = graphs.first_or_next(graphs.VAE_DECODER, False)
 

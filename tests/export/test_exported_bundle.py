@@ -22,8 +22,8 @@ from worldvln_edge.export.tracing import ExportError, trace_graph
 from worldvln_edge.models.checkpoint_file import CheckpointError
 from worldvln_edge.models.checkpoint_source import CheckpointChangedError, open_any
 from worldvln_edge.models.worldvln import save_checkpoint
-from worldvln_edge.runtime import graphs
-from worldvln_edge.runtime.engine import OnnxEngine
+from worldvln_edge.runtime.engines.engine import OnnxEngine
+from worldvln_edge.runtime.worldvln import graphs
 from worldvln_edge.scale_schedule import ScaleSchedule
 
 

@@ -29,12 +29,12 @@ from worldvln_edge.models.worldvln import Checkpoint, HeadStats, WorldVLN, load_
 from worldvln_edge.noise import step_uniforms
 from worldvln_edge.presets import nano
 from worldvln_edge.prompts import tagged_prompt
-from worldvln_edge.runtime import graphs
-from worldvln_edge.runtime.engine import OnnxEngine
-from worldvln_edge.runtime.multiscale import ObservedClip
-from worldvln_edge.runtime.tokenizer import PromptTokenizer
-from worldvln_edge.runtime.world_model import GeneratedClip
-from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy, load_policy
+from worldvln_edge.runtime.engines.engine import OnnxEngine
+from worldvln_edge.runtime.worldvln import graphs
+from worldvln_edge.runtime.worldvln.multiscale import ObservedClip
+from worldvln_edge.runtime.worldvln.tokenizer import PromptTokenizer
+from worldvln_edge.runtime.worldvln.world_model import GeneratedClip
+from worldvln_edge.runtime.worldvln.worldvln_policy import WorldVLNPolicy, load_policy
 from worldvln_edge.scale_schedule import ScaleSchedule
 
 PROMPT = "fly forward 5 m to the red tower ."

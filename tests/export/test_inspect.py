@@ -17,9 +17,9 @@ from worldvln_edge.cli import main
 from worldvln_edge.export.devices import DEVICES, DeviceError, find_device
 from worldvln_edge.export.inspect_bundle import count_macs, read_structure
 from worldvln_edge.export.inspect_report import InspectReport, inspect_bundle
-from worldvln_edge.runtime import graphs
-from worldvln_edge.runtime.kv_cache import HostKVMemory, KVShape
-from worldvln_edge.runtime.worldvln_policy import load_policy
+from worldvln_edge.runtime.worldvln import graphs
+from worldvln_edge.runtime.worldvln.kv_cache import HostKVMemory, KVShape
+from worldvln_edge.runtime.worldvln.worldvln_policy import load_policy
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ from worldvln_edge.models.stored_tensors import read_all
 from worldvln_edge.models.video_vae import VideoVAE
 from worldvln_edge.models.worldvln import WorldVLN
 from worldvln_edge.presets import preset
-from worldvln_edge.runtime.tokenizer import PromptTokenizer
+from worldvln_edge.runtime.worldvln.tokenizer import PromptTokenizer
 
 NANO = preset("nano")
 

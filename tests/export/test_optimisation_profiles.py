@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from worldvln_edge.bundle import GraphEntry, TensorSpec
 from worldvln_edge.export.optimisation_profiles import ProfileError, Span, graph_profiles
 from worldvln_edge.presets import preset
-from worldvln_edge.runtime import graphs
-from worldvln_edge.runtime.scale_tables import ScaleTables
+from worldvln_edge.runtime.worldvln import graphs
+from worldvln_edge.runtime.worldvln.scale_tables import ScaleTables
 from worldvln_edge.scale_schedule import ScaleSchedule
 
 PRESETS = ("nano", "mini", "worldvln-8b")

@@ -23,7 +23,7 @@ from worldvln_edge.export.precision import Precision, PrecisionError
 from worldvln_edge.export.quantise import quantise_graph
 from worldvln_edge.models.checkpoint_source import CheckpointSource, load_source, open_any
 from worldvln_edge.models.worldvln import Checkpoint
-from worldvln_edge.runtime.engine import OnnxEngine
+from worldvln_edge.runtime.engines.engine import OnnxEngine
 
 NANO = Path(__file__).parents[2] / "worldvln_edge" / "checkpoints" / "nano"
 STEP = "world_model_step"

@@ -21,7 +21,7 @@ from worldvln_edge.export.tensorrt_build import build_engines, parse_targets
 from worldvln_edge.export.verify import record_parity, verify_bundle
 from worldvln_edge.export.world_model_graphs import KVFlavour
 from worldvln_edge.models.checkpoint_source import CheckpointSource, open_any
-from worldvln_edge.runtime.graphs import ACTION_HEAD, WORLD_MODEL_STEP
+from worldvln_edge.runtime.worldvln.graphs import ACTION_HEAD, WORLD_MODEL_STEP
 
 NOT_RUN_ON_CPU = ("bf16", "fp8")
 

@@ -10,9 +10,9 @@ from small_models import random_frames
 from worldvln_edge.bundle import Bundle
 from worldvln_edge.images import rgb_head_input
 from worldvln_edge.models.worldvln import WorldVLN, load_checkpoint
-from worldvln_edge.runtime import graphs
-from worldvln_edge.runtime.engine import Engine, OnnxEngine
-from worldvln_edge.runtime.video_stream import FeatureDecoder, FrameEncoder
+from worldvln_edge.runtime.engines.engine import Engine, OnnxEngine
+from worldvln_edge.runtime.worldvln import graphs
+from worldvln_edge.runtime.worldvln.video_stream import FeatureDecoder, FrameEncoder
 
 TOLERANCE = 1e-4
 

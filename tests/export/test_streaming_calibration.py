@@ -25,7 +25,7 @@ from worldvln_edge.models.checkpoint_source import CheckpointSource, load_source
 from worldvln_edge.models.generation import TextCondition, generate_clip
 from worldvln_edge.models.quantizer import encode_bits
 from worldvln_edge.prompts import tagged_prompt
-from worldvln_edge.runtime.tokenizer import PromptTokenizer
+from worldvln_edge.runtime.worldvln.tokenizer import PromptTokenizer
 from worldvln_edge.scale_schedule import ScaleSchedule
 
 CONFIGS: dict[str, Callable[[], ModelConfig]] = {

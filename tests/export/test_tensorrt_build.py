@@ -20,8 +20,8 @@ from worldvln_edge.export.optimisation_profiles import Span
 from worldvln_edge.export.tensorrt_build import build_engines, parse_targets
 from worldvln_edge.export.tensorrt_builder import build_engine
 from worldvln_edge.export.tensorrt_network import check_formats
-from worldvln_edge.runtime.engine import EngineError
-from worldvln_edge.runtime.graphs import ACTION_ADAPTER, GUIDANCE_ROWS, LATENT_EMBED, WORLD_MODEL_STEP
+from worldvln_edge.runtime.engines.engine import EngineError
+from worldvln_edge.runtime.worldvln.graphs import ACTION_ADAPTER, GUIDANCE_ROWS, LATENT_EMBED, WORLD_MODEL_STEP
 
 pytest.importorskip("tensorrt_rtx", reason="the extra tensorrt-rtx is not installed")
 

@@ -8,9 +8,9 @@ from websockets.sync.client import connect
 
 from worldvln_edge.client import SessionClient
 from worldvln_edge.protocol import Limits
-from worldvln_edge.runtime.health_probe import HealthProbe
-from worldvln_edge.runtime.null_server import NullServerConfig, NullServerProcess
-from worldvln_edge.runtime.serve_load_client import jpeg_frames
+from worldvln_edge.runtime.bench.health_probe import HealthProbe
+from worldvln_edge.runtime.bench.null_server import NullServerConfig, NullServerProcess
+from worldvln_edge.runtime.bench.serve_load_client import jpeg_frames
 from worldvln_edge.wire import decode_answer, encode
 
 FRAMES = jpeg_frames((32, 32), count=33)

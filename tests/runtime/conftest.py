@@ -13,9 +13,9 @@ import pytest
 from fake_gpu import FakeMemory
 
 from worldvln_edge.bundle import Bundle, EngineEntry, file_entry, write_manifest
-from worldvln_edge.runtime import backends
-from worldvln_edge.runtime.engine import PLACEMENTS
-from worldvln_edge.runtime.tensorrt_library import tensorrt_log
+from worldvln_edge.runtime.engines import backends
+from worldvln_edge.runtime.engines.engine import PLACEMENTS
+from worldvln_edge.runtime.engines.tensorrt_library import tensorrt_log
 
 
 @pytest.fixture

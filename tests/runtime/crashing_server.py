@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from worldvln_edge.runtime.null_policy import NullPolicy, NullSession
-from worldvln_edge.runtime.server import serve
-from worldvln_edge.runtime.session_journal import SessionJournal
+from worldvln_edge.runtime.doors.server import serve
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy, NullSession
+from worldvln_edge.runtime.sessions.session_journal import SessionJournal
 
 
 class SeeingSession(NullSession):

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from worldvln_edge.runtime.http_door import PREDICT_PATH
-from worldvln_edge.runtime.null_policy import NullPolicy, NullSession
-from worldvln_edge.runtime.policy import ActionChunk
-from worldvln_edge.runtime.server import BackgroundServer
+from worldvln_edge.runtime.doors.http_door import PREDICT_PATH
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy, NullSession
+from worldvln_edge.runtime.sessions.policy import ActionChunk
 
 
 def frame(value: int = 127) -> str:

@@ -6,8 +6,8 @@ import msgspec
 import numpy as np
 from websockets.sync.client import connect
 
-from worldvln_edge.runtime.openpi_codec import encode_map
-from worldvln_edge.runtime.server import BackgroundServer
+from worldvln_edge.runtime.doors.openpi_codec import encode_map
+from worldvln_edge.runtime.doors.server import BackgroundServer
 
 
 def pixels(*values: int) -> np.ndarray:

@@ -9,13 +9,14 @@ from fake_gpu import FakeMemory
 from flight_agreement import agreeing_segments
 from two_flights import fly
 
-from worldvln_edge.runtime import graphs, tensorrt_engine
-from worldvln_edge.runtime.bench_device import why_not_measurable
-from worldvln_edge.runtime.device_kv_memory import DeviceKVMemory
-from worldvln_edge.runtime.device_tensor import DeviceTensor
-from worldvln_edge.runtime.kv_cache import HostKVMemory
-from worldvln_edge.runtime.tensorrt_engine import TensorRTEngine
-from worldvln_edge.runtime.worldvln_policy import FLIGHT_GRAPHS, load_policy
+from worldvln_edge.runtime.bench.bench_device import why_not_measurable
+from worldvln_edge.runtime.engines import tensorrt_engine
+from worldvln_edge.runtime.engines.device_kv_memory import DeviceKVMemory
+from worldvln_edge.runtime.engines.device_tensor import DeviceTensor
+from worldvln_edge.runtime.engines.tensorrt_engine import TensorRTEngine
+from worldvln_edge.runtime.worldvln import graphs
+from worldvln_edge.runtime.worldvln.kv_cache import HostKVMemory
+from worldvln_edge.runtime.worldvln.worldvln_policy import FLIGHT_GRAPHS, load_policy
 
 ACTION_TOLERANCE = 1e-4  # cm and deg; the arithmetic is that of the same provider
 WORLD_MODEL = (graphs.WORLD_MODEL_CONTEXT, graphs.WORLD_MODEL_STEP)

@@ -13,16 +13,17 @@ from fake_gpu import FakeMemory
 from worldvln_edge.bundle import Bundle, write_manifest
 from worldvln_edge.cli import main
 from worldvln_edge.parity_record import EngineParity
-from worldvln_edge.runtime import backends, graphs
-from worldvln_edge.runtime.backends import BackendError
-from worldvln_edge.runtime.bench import bench_bundle
-from worldvln_edge.runtime.bench_flight import BenchConfig
+from worldvln_edge.runtime.bench.bench import bench_bundle
+from worldvln_edge.runtime.bench.bench_flight import BenchConfig
 from worldvln_edge.runtime.cli import serve_command
-from worldvln_edge.runtime.device_memory import DeviceMemoryError
-from worldvln_edge.runtime.engine import EngineError, OnnxEngine
-from worldvln_edge.runtime.latency_model import device_name, new_model, write_model
-from worldvln_edge.runtime.tensorrt_engine import TensorRTEngine
-from worldvln_edge.runtime.worldvln_policy import load_policy
+from worldvln_edge.runtime.engines import backends
+from worldvln_edge.runtime.engines.backends import BackendError
+from worldvln_edge.runtime.engines.device_memory import DeviceMemoryError
+from worldvln_edge.runtime.engines.engine import EngineError, OnnxEngine
+from worldvln_edge.runtime.engines.tensorrt_engine import TensorRTEngine
+from worldvln_edge.runtime.worldvln import graphs
+from worldvln_edge.runtime.worldvln.latency_model import device_name, new_model, write_model
+from worldvln_edge.runtime.worldvln.worldvln_policy import load_policy
 
 WORLD_MODEL = (graphs.WORLD_MODEL_CONTEXT, graphs.WORLD_MODEL_STEP)
 

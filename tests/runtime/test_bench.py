@@ -11,13 +11,13 @@ from PIL import Image
 from worldvln_edge import cli
 from worldvln_edge.config import ConfigError
 from worldvln_edge.presets import preset
-from worldvln_edge.runtime.bench import bench_bundle
-from worldvln_edge.runtime.bench_flight import BenchConfig, fly_segments, synthetic_frames
-from worldvln_edge.runtime.bench_plot import Bar, write_bar_plot
-from worldvln_edge.runtime.bench_report import quantiles
-from worldvln_edge.runtime.bench_table import Table
-from worldvln_edge.runtime.engine_meter import EngineMeter
-from worldvln_edge.runtime.worldvln_policy import load_policy
+from worldvln_edge.runtime.bench.bench import bench_bundle
+from worldvln_edge.runtime.bench.bench_flight import BenchConfig, fly_segments, synthetic_frames
+from worldvln_edge.runtime.bench.bench_plot import Bar, write_bar_plot
+from worldvln_edge.runtime.bench.bench_report import quantiles
+from worldvln_edge.runtime.bench.bench_table import Table
+from worldvln_edge.runtime.engines.engine_meter import EngineMeter
+from worldvln_edge.runtime.worldvln.worldvln_policy import load_policy
 
 STAGES = {"preprocess", "vae_encoder", "quantiser", "text_encoder", "world_model_step", "vae_decoder", "action_decoder"}
 QUICK = ["--threads", "1", "--frame-size", "32x24"]

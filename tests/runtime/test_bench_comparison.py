@@ -8,14 +8,14 @@ import pytest
 from click.testing import CliRunner
 
 from worldvln_edge import cli
-from worldvln_edge.runtime import bench_comparison
-from worldvln_edge.runtime.bench_comparison import TOLERANCE, compare_with_full_horizon
-from worldvln_edge.runtime.bench_flight import BenchConfig, synthetic_frames
-from worldvln_edge.runtime.full_horizon import FullHorizonFlight
-from worldvln_edge.runtime.graphs import WORLD_MODEL_STEP
-from worldvln_edge.runtime.policy import ActionChunk
-from worldvln_edge.runtime.schedule_agreement import BORDER, SegmentAgreement, compare_segments
-from worldvln_edge.runtime.worldvln_policy import load_policy
+from worldvln_edge.runtime.bench import bench_comparison
+from worldvln_edge.runtime.bench.bench_comparison import TOLERANCE, compare_with_full_horizon
+from worldvln_edge.runtime.bench.bench_flight import BenchConfig, synthetic_frames
+from worldvln_edge.runtime.bench.full_horizon import FullHorizonFlight
+from worldvln_edge.runtime.bench.schedule_agreement import BORDER, SegmentAgreement, compare_segments
+from worldvln_edge.runtime.sessions.policy import ActionChunk
+from worldvln_edge.runtime.worldvln.graphs import WORLD_MODEL_STEP
+from worldvln_edge.runtime.worldvln.worldvln_policy import load_policy
 
 QUICK = ["--threads", "1", "--frame-size", "32x24", "--against", "full-horizon", "--episodes", "2"]
 

@@ -6,12 +6,12 @@ import pytest
 from click.testing import CliRunner
 
 from worldvln_edge import cli
-from worldvln_edge.runtime import graphs
-from worldvln_edge.runtime.bench_device import bench_device, why_not_measurable
-from worldvln_edge.runtime.bench_flight import synthetic_frames
-from worldvln_edge.runtime.engine import EngineError
-from worldvln_edge.runtime.engine_meter import EngineMeter
-from worldvln_edge.runtime.worldvln_policy import load_policy
+from worldvln_edge.runtime.bench.bench_device import bench_device, why_not_measurable
+from worldvln_edge.runtime.bench.bench_flight import synthetic_frames
+from worldvln_edge.runtime.engines.engine import EngineError
+from worldvln_edge.runtime.engines.engine_meter import EngineMeter
+from worldvln_edge.runtime.worldvln import graphs
+from worldvln_edge.runtime.worldvln.worldvln_policy import load_policy
 
 
 def test_every_graph_of_a_segment_is_timed_as_often_as_it_is_called(tiny_bundle: Path):

@@ -7,8 +7,8 @@ import pytest
 
 from worldvln_edge.client import ServerError, SessionClient
 from worldvln_edge.protocol import Limits
-from worldvln_edge.runtime.null_policy import NullPolicy, NullSession
-from worldvln_edge.runtime.server import BackgroundServer
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy, NullSession
 
 FRAME = np.zeros((4, 4, 3), np.uint8)
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worldvln_edge.config import HorizonConfig
-from worldvln_edge.runtime.chained_session import ChainedSession, SettledRule, chained_horizon
-from worldvln_edge.runtime.null_policy import NullPolicy, NullSession
-from worldvln_edge.runtime.policy import StoppedError
+from worldvln_edge.runtime.sessions.chained_session import ChainedSession, SettledRule, chained_horizon
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy, NullSession
+from worldvln_edge.runtime.sessions.policy import StoppedError
 
 HORIZON = HorizonConfig(num_frames=9, step=4, fps=4)
 

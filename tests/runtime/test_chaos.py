@@ -21,9 +21,9 @@ from chaos_witness import FRAMES, Line, Witness, config_of, urls_of
 
 from worldvln_edge.client import ServerError, SessionClient
 from worldvln_edge.protocol import End, Hello, Limits, Observe, Start
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.null_server import NullServerConfig, NullServerProcess
-from worldvln_edge.runtime.server import BackgroundServer
+from worldvln_edge.runtime.bench.null_server import NullServerConfig, NullServerProcess
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
 from worldvln_edge.wire import encode
 
 
@@ -53,7 +53,7 @@ def wait_until(is_so, within_s: float = 15.0) -> None:
 _STREAMING_CLIENT = """
 import sys
 from worldvln_edge.client import SessionClient
-from worldvln_edge.runtime.serve_load_client import jpeg_frames
+from worldvln_edge.runtime.bench.serve_load_client import jpeg_frames
 frames = jpeg_frames((256, 256))
 with SessionClient(sys.argv[1]) as client:
     while True:
@@ -202,7 +202,7 @@ _FULL_DISK_SERVER = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a write beyond the limit fails, as on a full disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-from worldvln_edge.runtime.null_server import main
+from worldvln_edge.runtime.bench.null_server import main
 main()
 """
 

@@ -27,7 +27,7 @@ def modules_after(code: str) -> set[str]:
         "import worldvln_edge.cli\ntry: worldvln_edge.cli.main(['--help'])\nexcept SystemExit: pass",
         "import worldvln_edge.client",
         "import worldvln_edge.runtime",
-        "import worldvln_edge.runtime.server",
+        "import worldvln_edge.runtime.doors.server",
         "import worldvln_edge.runtime.cli",
     ],
 )

@@ -15,8 +15,8 @@ from crashing_server import SeeingPolicy
 from http_calls import frame
 
 from worldvln_edge.client import ServerError, SessionClient
-from worldvln_edge.runtime.http_door import PREDICT_PATH
-from worldvln_edge.runtime.server import BackgroundServer
+from worldvln_edge.runtime.doors.http_door import PREDICT_PATH
+from worldvln_edge.runtime.doors.server import BackgroundServer
 
 SERVER = Path(__file__).with_name("crashing_server.py")
 FRAMES = [np.full((8, 8, 3), index, np.uint8) for index in range(120)]

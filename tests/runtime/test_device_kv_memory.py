@@ -8,10 +8,10 @@ from fake_gpu import FakeMemory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worldvln_edge.runtime.device_kv_memory import DeviceKVMemory
-from worldvln_edge.runtime.device_memory import DeviceMemoryError
-from worldvln_edge.runtime.device_pool import PooledMemory
-from worldvln_edge.runtime.kv_cache import HostKVMemory, KVShape
+from worldvln_edge.runtime.engines.device_kv_memory import DeviceKVMemory
+from worldvln_edge.runtime.engines.device_memory import DeviceMemoryError
+from worldvln_edge.runtime.engines.device_pool import PooledMemory
+from worldvln_edge.runtime.worldvln.kv_cache import HostKVMemory, KVShape
 
 SHAPE = KVShape(layers=2, rows=2, kv_heads=3, capacity=7, head_dim=4, dtype=np.dtype(np.float16))
 

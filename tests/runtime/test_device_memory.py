@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from fake_gpu import FakeMemory
 
-from worldvln_edge.runtime.cuda_memory import CudaMemory
-from worldvln_edge.runtime.device_memory import DeviceMemoryError, Strips, check_span
-from worldvln_edge.runtime.pycuda_memory import PyCudaMemory
+from worldvln_edge.runtime.engines.cuda_memory import CudaMemory
+from worldvln_edge.runtime.engines.device_memory import DeviceMemoryError, Strips, check_span
+from worldvln_edge.runtime.engines.pycuda_memory import PyCudaMemory
 
 
 def test_copies_may_not_leave_the_buffer() -> None:
@@ -71,7 +71,7 @@ def test_every_driver_call_that_is_made_exists_in_the_installed_binding() -> Non
     import inspect
     import re
 
-    from worldvln_edge.runtime import cuda_memory
+    from worldvln_edge.runtime.engines import cuda_memory
 
     names = set(re.findall(r'"(cu[A-Z]\w+)"', inspect.getsource(cuda_memory)))
     assert len(names) > 20

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from fake_gpu import FakeMemory
 
-from worldvln_edge.runtime.device_memory import DeviceMemoryError
-from worldvln_edge.runtime.device_pool import PooledMemory
-from worldvln_edge.runtime.device_tensor import DeviceTensor
+from worldvln_edge.runtime.engines.device_memory import DeviceMemoryError
+from worldvln_edge.runtime.engines.device_pool import PooledMemory
+from worldvln_edge.runtime.engines.device_tensor import DeviceTensor
 
 
 def test_a_freed_buffer_is_the_next_one_of_its_size() -> None:

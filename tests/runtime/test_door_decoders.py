@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worldvln_edge.protocol import ERRORS, Limits, ProtocolError
-from worldvln_edge.runtime.http_request import InvalidRequestError, PredictRequest, parse_predict_request
-from worldvln_edge.runtime.openpi_codec import FrameList, Observation, decode_observation, encode_map
+from worldvln_edge.runtime.doors.http_request import InvalidRequestError, PredictRequest, parse_predict_request
+from worldvln_edge.runtime.doors.openpi_codec import FrameList, Observation, decode_observation, encode_map
 from worldvln_edge.wire import depth_within
 
 LIMITS = Limits()

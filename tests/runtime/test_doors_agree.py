@@ -11,8 +11,8 @@ from openpi_calls import PolicyClient
 from PIL import Image
 
 from worldvln_edge.client import SessionClient
-from worldvln_edge.runtime.server import BackgroundServer
-from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy, load_policy
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.worldvln.worldvln_policy import WorldVLNPolicy, load_policy
 
 PROMPT, SEED = "fly to the red tower", 11
 

@@ -8,11 +8,11 @@ import pytest
 from fake_gpu import FakeMemory
 
 from worldvln_edge.bundle import Bundle, BundleError
-from worldvln_edge.runtime import graphs
-from worldvln_edge.runtime.backends import kv_shape
-from worldvln_edge.runtime.device_kv_memory import DeviceKVMemory
-from worldvln_edge.runtime.engine import EngineError, OnnxEngine, to_host
-from worldvln_edge.runtime.worldvln_policy import load_policy
+from worldvln_edge.runtime.engines.backends import kv_shape
+from worldvln_edge.runtime.engines.device_kv_memory import DeviceKVMemory
+from worldvln_edge.runtime.engines.engine import EngineError, OnnxEngine, to_host
+from worldvln_edge.runtime.worldvln import graphs
+from worldvln_edge.runtime.worldvln.worldvln_policy import load_policy
 
 
 def test_layout_of_the_inputs_does_not_matter(tiny_bundle: Path):

@@ -10,10 +10,10 @@ from hypothesis.extra.numpy import arrays
 
 from worldvln_edge.client import SessionClient
 from worldvln_edge.config import ConfigError
-from worldvln_edge.runtime.envelope import Envelope, EnvelopeConfig, read_envelope
-from worldvln_edge.runtime.null_policy import NullPolicy, NullSession
-from worldvln_edge.runtime.policy import ActionChunk
-from worldvln_edge.runtime.server import BackgroundServer
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.sessions.envelope import Envelope, EnvelopeConfig, read_envelope
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy, NullSession
+from worldvln_edge.runtime.sessions.policy import ActionChunk
 
 FPS = 4
 NOTHING = np.zeros((0, 6), np.float32)

@@ -11,9 +11,9 @@ import pytest
 
 from worldvln_edge.config import HorizonConfig
 from worldvln_edge.protocol import Limits, Observe, ProtocolError, Start
-from worldvln_edge.runtime.device_queue import DeviceQueue, StartedTooLateError, Ticket, WorkCancelledError
-from worldvln_edge.runtime.null_policy import NullPolicy, NullSession
-from worldvln_edge.runtime.session_manager import SessionManager
+from worldvln_edge.runtime.sessions.device_queue import DeviceQueue, StartedTooLateError, Ticket, WorkCancelledError
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy, NullSession
+from worldvln_edge.runtime.sessions.session_manager import SessionManager
 
 PIXELS = np.zeros((4, 4, 3), np.uint8).tobytes()
 STEP, SEGMENTS = 4, 200

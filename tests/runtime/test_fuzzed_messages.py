@@ -11,8 +11,8 @@ import pytest
 from chaos_witness import FRAMES, Line, Witness, config_of, urls_of
 
 from worldvln_edge.protocol import ERRORS, End, Hello, Observe, Ping, Start
-from worldvln_edge.runtime.http_door import PREDICT_PATH
-from worldvln_edge.runtime.null_server import NullServerProcess
+from worldvln_edge.runtime.bench.null_server import NullServerProcess
+from worldvln_edge.runtime.doors.http_door import PREDICT_PATH
 from worldvln_edge.wire import encode
 
 

@@ -9,7 +9,7 @@ from small_models import random_frames, tiny_config
 from worldvln_edge.config import ConfigError
 from worldvln_edge.generation_profile import EXACT, GenerationProfile, built_in_profiles, model_profiles, read_profiles
 from worldvln_edge.presets import PRESET_NAMES, preset
-from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy, load_policy
+from worldvln_edge.runtime.worldvln.worldvln_policy import WorldVLNPolicy, load_policy
 from worldvln_edge.scale_schedule import ScaleSchedule
 
 PROMPT = "fly forward 5 m"

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from openpi_calls import PolicyClient, pixels
 
 from worldvln_edge.protocol import ERRORS
-from worldvln_edge.runtime.http_door import PREDICT_PATH
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.openpi_codec import encode_map
-from worldvln_edge.runtime.server import BackgroundServer
+from worldvln_edge.runtime.doors.http_door import PREDICT_PATH
+from worldvln_edge.runtime.doors.openpi_codec import encode_map
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
 
 SOME = settings(max_examples=300, deadline=None)
 STATUSES = {spec.http for spec in ERRORS.values()}

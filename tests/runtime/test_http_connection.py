@@ -16,11 +16,11 @@ from websockets.sync.client import connect
 from worldvln_edge import cli
 from worldvln_edge.client import SessionClient
 from worldvln_edge.protocol import Limits
-from worldvln_edge.runtime.http_connection import SPARE_CONNECTIONS
-from worldvln_edge.runtime.http_door import PREDICT_PATH
-from worldvln_edge.runtime.listen_address import UnsafeAddressError
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.server import AddressInUseError, BackgroundServer, SessionServer
+from worldvln_edge.runtime.doors.http_connection import SPARE_CONNECTIONS
+from worldvln_edge.runtime.doors.http_door import PREDICT_PATH
+from worldvln_edge.runtime.doors.listen_address import UnsafeAddressError
+from worldvln_edge.runtime.doors.server import AddressInUseError, BackgroundServer, SessionServer
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
 
 LIMITS = Limits(max_msg_bytes=100_000, headers_within_s=0.3, body_within_s=0.3)
 

@@ -13,13 +13,13 @@ from http_calls import HttpCalls, RememberingPolicy, frame
 
 from worldvln_edge.client import ServerError, SessionClient
 from worldvln_edge.protocol import Limits, ProtocolError
-from worldvln_edge.runtime.envelope import EnvelopeConfig
-from worldvln_edge.runtime.implicit_session import ImplicitCall, ReadinessRule, Wording
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.openpi_codec import FrameList
-from worldvln_edge.runtime.policy import NonFiniteActionsError
-from worldvln_edge.runtime.server import BackgroundServer
-from worldvln_edge.runtime.session_manager import SessionManager
+from worldvln_edge.runtime.doors.implicit_session import ImplicitCall, ReadinessRule, Wording
+from worldvln_edge.runtime.doors.openpi_codec import FrameList
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.sessions.envelope import EnvelopeConfig
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
+from worldvln_edge.runtime.sessions.policy import NonFiniteActionsError
+from worldvln_edge.runtime.sessions.session_manager import SessionManager
 
 REFERENCE_KEYS = {"actions", "segment_index", "num_received_frames", "prefix_latents", "done", "used_prompt"}
 # What the published client sends with every call (spec/session_protocol.md 2.1).

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from websockets.sync.client import connect
 
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.openpi_codec import encode_map
-from worldvln_edge.runtime.server import BackgroundServer
+from worldvln_edge.runtime.doors.openpi_codec import encode_map
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
 
 REFERENCE_KEYS = ("segment_index", "num_received_frames", "prefix_latents", "done", "used_prompt")
 QUOTED = {400, 413, 415}  # statuses whose detail texts the specification quotes

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from worldvln_edge.runtime.kv_cache import TEXT, HostKVMemory, KVCache, KVCapacityError, KVShape, KVWorkspace
+from worldvln_edge.runtime.worldvln.kv_cache import TEXT, HostKVMemory, KVCache, KVCapacityError, KVShape, KVWorkspace
 
 LAYERS, ROWS, HEADS, CAPACITY, WIDTH = 2, 2, 1, 40, 3
 

@@ -12,7 +12,8 @@ from worldvln_edge.bundle import Bundle
 from worldvln_edge.cli import main
 from worldvln_edge.client import SessionClient
 from worldvln_edge.generation_profile import GenerationProfile
-from worldvln_edge.runtime.latency_model import (
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.worldvln.latency_model import (
     DeadlineChooser,
     LatencyModelError,
     ProfileLatency,
@@ -21,8 +22,7 @@ from worldvln_edge.runtime.latency_model import (
     read_model,
     write_model,
 )
-from worldvln_edge.runtime.server import BackgroundServer
-from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy, load_policy
+from worldvln_edge.runtime.worldvln.worldvln_policy import WorldVLNPolicy, load_policy
 
 EXACT = GenerationProfile(name="exact")
 MIDDLE = GenerationProfile(name="balanced", max_repetitions=1)

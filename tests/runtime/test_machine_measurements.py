@@ -7,9 +7,9 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from worldvln_edge.runtime.energy import find_energy_meter
-from worldvln_edge.runtime.machine_peak import matmul_model, measure_peak
-from worldvln_edge.runtime.process_memory import resident_bytes
+from worldvln_edge.runtime.bench.energy import find_energy_meter
+from worldvln_edge.runtime.bench.machine_peak import matmul_model, measure_peak
+from worldvln_edge.runtime.sessions.process_memory import resident_bytes
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

@@ -8,13 +8,13 @@ import pytest
 from fake_gpu import FakeMemory
 
 from worldvln_edge.protocol import Limits, Observe, ProtocolError, Start
-from worldvln_edge.runtime.available_memory import available_bytes
-from worldvln_edge.runtime.backends import Backend
-from worldvln_edge.runtime.device_pool import PooledMemory
-from worldvln_edge.runtime.kv_cache import HostKVMemory, KVShape
-from worldvln_edge.runtime.memory_budget import MemoryBudgetError, plan_budget
-from worldvln_edge.runtime.null_policy import NullPolicy, NullSession
-from worldvln_edge.runtime.session_manager import SessionManager
+from worldvln_edge.runtime.engines.backends import Backend
+from worldvln_edge.runtime.engines.device_pool import PooledMemory
+from worldvln_edge.runtime.sessions.available_memory import available_bytes
+from worldvln_edge.runtime.sessions.memory_budget import MemoryBudgetError, plan_budget
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy, NullSession
+from worldvln_edge.runtime.sessions.session_manager import SessionManager
+from worldvln_edge.runtime.worldvln.kv_cache import HostKVMemory, KVShape
 
 MB = 10**6
 PIXELS = np.zeros((4, 4, 3), np.uint8).tobytes()

@@ -7,7 +7,7 @@ from small_models import tiny_config
 
 from worldvln_edge.models.quantizer import encode_bits, step_input, tokens_of_latents
 from worldvln_edge.presets import preset
-from worldvln_edge.runtime.multiscale import encode_clip
+from worldvln_edge.runtime.worldvln.multiscale import encode_clip
 from worldvln_edge.scale_schedule import ScaleSchedule
 
 CONFIGS = {"tiny": tiny_config(), "nano": preset("nano"), "mini": preset("mini")}

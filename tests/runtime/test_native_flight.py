@@ -15,9 +15,9 @@ from websockets.sync.client import connect
 from worldvln_edge.client import ServerError, SessionClient
 from worldvln_edge.config import HorizonConfig
 from worldvln_edge.protocol import Hello, Observe, Start
-from worldvln_edge.runtime.null_policy import NullPolicy, NullSession
-from worldvln_edge.runtime.policy import ActionChunk, NonFiniteActionsError
-from worldvln_edge.runtime.server import BackgroundServer
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy, NullSession
+from worldvln_edge.runtime.sessions.policy import ActionChunk, NonFiniteActionsError
 from worldvln_edge.wire import decode_answer, encode
 
 FRAME = np.full((24, 32, 3), 127, dtype=np.uint8)

@@ -5,9 +5,9 @@ import json
 import pytest
 from websockets.sync.client import connect
 
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.server import BackgroundServer, health_report
-from worldvln_edge.runtime.session_manager import SessionManager
+from worldvln_edge.runtime.doors.server import BackgroundServer, health_report
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
+from worldvln_edge.runtime.sessions.session_manager import SessionManager
 
 BINDING = ("t", "re", "code", "session", "seg", "frames", "need", "done", "state", "emitted", "expected", "v")
 BINDING += ("num_frames", "step", "points", "fps", "action", "head", "seed", "retry", "sessions", "queue", "ready")

@@ -15,7 +15,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import numpy as np
 from pathlib import Path
-from worldvln_edge.runtime.worldvln_policy import load_policy
+from worldvln_edge.runtime.worldvln.worldvln_policy import load_policy
 
 policy = load_policy(Path(sys.argv[1]), threads=1)
 session = policy.new_session("fly forward 5 m", seed=1)

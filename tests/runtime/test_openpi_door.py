@@ -10,9 +10,9 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from worldvln_edge.protocol import Limits
-from worldvln_edge.runtime.envelope import EnvelopeConfig
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.server import BackgroundServer
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.sessions.envelope import EnvelopeConfig
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
 
 RESULT_KEYS = {
     "actions", "segment_index", "num_received_frames", "prefix_latents", "done", "session_id", "need_frames",

@@ -11,7 +11,7 @@ import pytest
 from http_calls import RememberingPolicy
 
 from worldvln_edge.client import SessionClient
-from worldvln_edge.runtime.server import BackgroundServer
+from worldvln_edge.runtime.doors.server import BackgroundServer
 
 PACKAGE = "openpi-client==0.1.2"
 UNDECLARED = "typing_extensions"  # the package imports it without saying so

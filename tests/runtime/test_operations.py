@@ -16,15 +16,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from worldvln_edge.client import ServerError, SessionClient
 from worldvln_edge.protocol import StageTimes
-from worldvln_edge.runtime.event_log import EventLog
-from worldvln_edge.runtime.meter import NoMeter
-from worldvln_edge.runtime.metrics import ServerMetrics
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.policy import ActionChunk
-from worldvln_edge.runtime.server import BackgroundServer, serve
-from worldvln_edge.runtime.server_log import configure_log
-from worldvln_edge.runtime.warm_up import WarmUpError, fly_once, fly_until_steady
-from worldvln_edge.runtime.zmq_config import ZmqConfig
+from worldvln_edge.runtime.doors.server import BackgroundServer, serve
+from worldvln_edge.runtime.doors.server_log import configure_log
+from worldvln_edge.runtime.doors.zmq_config import ZmqConfig
+from worldvln_edge.runtime.sessions.event_log import EventLog
+from worldvln_edge.runtime.sessions.meter import NoMeter
+from worldvln_edge.runtime.sessions.metrics import ServerMetrics
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
+from worldvln_edge.runtime.sessions.policy import ActionChunk
+from worldvln_edge.runtime.sessions.warm_up import WarmUpError, fly_once, fly_until_steady
 
 FRAME = np.full((8, 8, 3), 127, dtype=np.uint8)
 LOCAL = ZmqConfig(endpoints=("tcp://127.0.0.1:*",))

@@ -7,14 +7,14 @@ import pytest
 from small_models import random_frames
 
 from worldvln_edge.generation_profile import GenerationProfile
-from worldvln_edge.runtime.profile_comparison import (
+from worldvln_edge.runtime.bench.profile_comparison import (
     ObservedFlight,
     ProfileComparison,
     ProfileMeasurement,
     compare_profiles,
     flights_in_comparison,
 )
-from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy, load_policy
+from worldvln_edge.runtime.worldvln.worldvln_policy import WorldVLNPolicy, load_policy
 
 FLIGHTS, SEGMENTS = 2, 6
 OWN = {

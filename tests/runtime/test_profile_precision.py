@@ -11,10 +11,10 @@ from small_models import random_frames
 from worldvln_edge.bundle import MANIFEST_FILE, Bundle
 from worldvln_edge.config import ConfigError
 from worldvln_edge.generation_profile import GenerationProfile, read_profiles
-from worldvln_edge.runtime import graphs
-from worldvln_edge.runtime.bench_flight import BenchConfig, fly_segments
-from worldvln_edge.runtime.engine import OnnxEngine
-from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy, load_policy
+from worldvln_edge.runtime.bench.bench_flight import BenchConfig, fly_segments
+from worldvln_edge.runtime.engines.engine import OnnxEngine
+from worldvln_edge.runtime.worldvln import graphs
+from worldvln_edge.runtime.worldvln.worldvln_policy import WorldVLNPolicy, load_policy
 
 PROMPT = "fly forward 5 m"
 LIGHT = {"light": GenerationProfile(name="light", precision="int8")}

@@ -7,10 +7,10 @@ import msgspec
 import pytest
 
 from worldvln_edge.protocol import ERRORS, Limits
-from worldvln_edge.runtime.http_request import PredictRequest, _Body
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.openpi_codec import _Observation
-from worldvln_edge.runtime.server import BackgroundServer
+from worldvln_edge.runtime.doors.http_request import PredictRequest, _Body
+from worldvln_edge.runtime.doors.openpi_codec import _Observation
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
 
 PAGE = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
 

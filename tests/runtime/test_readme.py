@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.server import BackgroundServer
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
 
 README = Path(__file__).parents[2] / "README.md"
 

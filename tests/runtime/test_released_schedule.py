@@ -9,8 +9,8 @@ from small_models import random_frames, released_schedule_config, save_random_ch
 
 from worldvln_edge.export.exporter import export_bundle
 from worldvln_edge.models.checkpoint_source import open_any
-from worldvln_edge.runtime.full_horizon import FullHorizonFlight
-from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy, load_policy
+from worldvln_edge.runtime.bench.full_horizon import FullHorizonFlight
+from worldvln_edge.runtime.worldvln.worldvln_policy import WorldVLNPolicy, load_policy
 
 PROMPT = "fly forward 5 m"
 MINIMAL = (31_552, 36_928, 38_800)  # token-steps of a guidance row, without the text (spec/world_model.md 9.3)

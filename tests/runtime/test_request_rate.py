@@ -16,12 +16,12 @@ from websockets.exceptions import InvalidStatus
 
 from worldvln_edge.client import ServerError, ServerUnreachableError, SessionClient
 from worldvln_edge.protocol import Limits, ProtocolError
-from worldvln_edge.runtime import request_rate
-from worldvln_edge.runtime.http_door import PREDICT_PATH
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.request_rate import RequestRate
-from worldvln_edge.runtime.server import BackgroundServer
-from worldvln_edge.runtime.zmq_config import ZmqConfig
+from worldvln_edge.runtime.doors import request_rate
+from worldvln_edge.runtime.doors.http_door import PREDICT_PATH
+from worldvln_edge.runtime.doors.request_rate import RequestRate
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.doors.zmq_config import ZmqConfig
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
 
 SLOW = Limits(max_requests_per_s=0.5, max_in_flight=4)  # four at once, then one every two seconds
 

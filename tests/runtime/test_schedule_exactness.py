@@ -19,11 +19,11 @@ from worldvln_edge.export.graph_sources import guidance_rows, kv_capacity
 from worldvln_edge.models.checkpoint_source import open_any
 from worldvln_edge.models.worldvln import WorldVLN
 from worldvln_edge.presets import preset
-from worldvln_edge.runtime.bench_comparison import TOLERANCE
-from worldvln_edge.runtime.full_horizon import FullHorizonFlight
-from worldvln_edge.runtime.schedule_agreement import compare_segments
-from worldvln_edge.runtime.tokenizer import PromptTokenizer
-from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy, load_policy
+from worldvln_edge.runtime.bench.bench_comparison import TOLERANCE
+from worldvln_edge.runtime.bench.full_horizon import FullHorizonFlight
+from worldvln_edge.runtime.bench.schedule_agreement import compare_segments
+from worldvln_edge.runtime.worldvln.tokenizer import PromptTokenizer
+from worldvln_edge.runtime.worldvln.worldvln_policy import WorldVLNPolicy, load_policy
 
 PROMPT = "fly forward 5 m"
 

@@ -22,8 +22,8 @@ FRAME = np.full((8, 8, 3), 127, dtype=np.uint8)
 SERVE = """
 import sys
 from worldvln_edge import cli
-from worldvln_edge.runtime import worldvln_policy
-from worldvln_edge.runtime.null_policy import NullPolicy
+from worldvln_edge.runtime.worldvln import worldvln_policy
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
 
 class ClosablePolicy(NullPolicy):
     def close(self):

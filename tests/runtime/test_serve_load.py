@@ -11,14 +11,12 @@ import pytest
 from click.testing import CliRunner
 
 from worldvln_edge.cli import main
-from worldvln_edge.runtime import null_server, serve_load
-from worldvln_edge.runtime.bench_report import Quantiles
-from worldvln_edge.runtime.bench_table import render
-from worldvln_edge.runtime.health_probe import HealthProbe
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.null_server import NullServerConfig, NullServerError, NullServerProcess
-from worldvln_edge.runtime.process_memory import resident_bytes
-from worldvln_edge.runtime.serve_load import (
+from worldvln_edge.runtime.bench import null_server, serve_load
+from worldvln_edge.runtime.bench.bench_report import Quantiles
+from worldvln_edge.runtime.bench.bench_table import render
+from worldvln_edge.runtime.bench.health_probe import HealthProbe
+from worldvln_edge.runtime.bench.null_server import NullServerConfig, NullServerError, NullServerProcess
+from worldvln_edge.runtime.bench.serve_load import (
     LoadRow,
     RouteTimes,
     ServeLoadError,
@@ -26,12 +24,14 @@ from worldvln_edge.runtime.serve_load import (
     Transport,
     measure_load,
 )
-from worldvln_edge.runtime.serve_load_client import LoadConfig
-from worldvln_edge.runtime.serve_load_table import serve_load_parts
-from worldvln_edge.runtime.server import BackgroundServer
-from worldvln_edge.runtime.server_soak import Events, ServerSoakConfig, ServerSoakReport, soak_server
-from worldvln_edge.runtime.soak_log import SegmentSample, SoakLog
-from worldvln_edge.runtime.soak_report import summarise
+from worldvln_edge.runtime.bench.serve_load_client import LoadConfig
+from worldvln_edge.runtime.bench.serve_load_table import serve_load_parts
+from worldvln_edge.runtime.bench.server_soak import Events, ServerSoakConfig, ServerSoakReport, soak_server
+from worldvln_edge.runtime.bench.soak_log import SegmentSample, SoakLog
+from worldvln_edge.runtime.bench.soak_report import summarise
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
+from worldvln_edge.runtime.sessions.process_memory import resident_bytes
 
 TIMES = Quantiles(runs=5, p50_ms=1.0, p95_ms=2.0, p99_ms=3.0)
 
@@ -193,7 +193,7 @@ def test_server_process_ends_in_order_and_with_its_parent():
     with pytest.raises(NullServerError, match="it has ended"):
         server.resident_bytes()
     program = (
-        "from worldvln_edge.runtime.null_server import NullServerProcess\n"
+        "from worldvln_edge.runtime.bench.null_server import NullServerProcess\n"
         "server = NullServerProcess()\n"
         "server.start()\n"
         "print(server.pid, flush=True)\n"
@@ -256,7 +256,7 @@ def soak_report(growth: float = 0.0, **changes) -> ServerSoakReport:
 )
 def test_server_soak_that_fails_ends_with_status_one(monkeypatch, report, fault):
     assert soak_report().faults == []
-    monkeypatch.setattr("worldvln_edge.runtime.server_soak.soak_server", lambda config, on_segment: report)
+    monkeypatch.setattr("worldvln_edge.runtime.bench.server_soak.soak_server", lambda config, on_segment: report)
     done = CliRunner().invoke(main, ["soak", "--server", "--minutes", "1"])
     assert done.exit_code == 1
     assert f"error: {fault}" in done.stderr

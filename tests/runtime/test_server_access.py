@@ -11,10 +11,10 @@ from websockets.sync.client import connect
 from worldvln_edge.client import AnswerTimeoutError, ServerError, ServerUnreachableError, SessionClient
 from worldvln_edge.client_errors import ServerAddressError
 from worldvln_edge.protocol import WEBSOCKET_SUBPROTOCOL, Limits, ProtocolError
-from worldvln_edge.runtime.access import AccessRule, KeyFileError, read_key_file
-from worldvln_edge.runtime.listen_address import AddressInUseError, UnsafeAddressError, is_loopback
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.server import BackgroundServer, SessionServer
+from worldvln_edge.runtime.doors.access import AccessRule, KeyFileError, read_key_file
+from worldvln_edge.runtime.doors.listen_address import AddressInUseError, UnsafeAddressError, is_loopback
+from worldvln_edge.runtime.doors.server import BackgroundServer, SessionServer
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
 from worldvln_edge.server_address import server_url
 
 FRAME = np.zeros((8, 8, 3), dtype=np.uint8)

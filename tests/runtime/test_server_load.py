@@ -20,13 +20,13 @@ from websockets.sync.client import connect
 
 from worldvln_edge.client import ServerError, SessionClient
 from worldvln_edge.protocol import Bye, Cancel, Hello, Limits, Observe, Ping, ProtocolError, Start
-from worldvln_edge.runtime.access import AccessRule
-from worldvln_edge.runtime.device_queue import DeviceQueue, DurationEstimate, StartedTooLateError, Ticket
-from worldvln_edge.runtime.entrance import Entrance
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.server import BackgroundServer
-from worldvln_edge.runtime.session_manager import SessionManager
-from worldvln_edge.runtime.websocket_door import WebSocketDoor
+from worldvln_edge.runtime.doors.access import AccessRule
+from worldvln_edge.runtime.doors.entrance import Entrance
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.doors.websocket_door import WebSocketDoor
+from worldvln_edge.runtime.sessions.device_queue import DeviceQueue, DurationEstimate, StartedTooLateError, Ticket
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
+from worldvln_edge.runtime.sessions.session_manager import SessionManager
 from worldvln_edge.wire import decode_answer, encode
 
 _buffer = io.BytesIO()
@@ -289,8 +289,8 @@ def test_restarted_server_is_found_again_and_tells_that_the_session_is_gone():
 
 def test_sigterm_ends_the_process_normally():
     program = (
-        "from worldvln_edge.runtime.null_policy import NullPolicy\n"
-        "from worldvln_edge.runtime.server import serve\n"
+        "from worldvln_edge.runtime.sessions.null_policy import NullPolicy\n"
+        "from worldvln_edge.runtime.doors.server import serve\n"
         "serve(NullPolicy(), port=0, on_ready=lambda url: print(url, flush=True))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from worldvln_edge.runtime.metrics import ServerMetrics
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.server import BackgroundServer
-from worldvln_edge.runtime.zmq_config import ZmqConfig
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.doors.zmq_config import ZmqConfig
+from worldvln_edge.runtime.sessions.metrics import ServerMetrics
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
 
 ROOT = Path(__file__).parents[2]
 PRINTED_URL = "ipc:///run/worldvln/session.sock"

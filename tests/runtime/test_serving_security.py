@@ -20,12 +20,12 @@ from websockets.sync.client import connect
 
 from worldvln_edge.client import ServerError, SessionClient
 from worldvln_edge.protocol import ProtocolError
-from worldvln_edge.runtime.access import AccessRule
-from worldvln_edge.runtime.http_door import PREDICT_PATH
-from worldvln_edge.runtime.process_memory import resident_bytes
-from worldvln_edge.runtime.server import BackgroundServer
-from worldvln_edge.runtime.session_journal import SessionJournal
-from worldvln_edge.runtime.zmq_config import ZmqConfig
+from worldvln_edge.runtime.doors.access import AccessRule
+from worldvln_edge.runtime.doors.http_door import PREDICT_PATH
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.doors.zmq_config import ZmqConfig
+from worldvln_edge.runtime.sessions.process_memory import resident_bytes
+from worldvln_edge.runtime.sessions.session_journal import SessionJournal
 
 MB = 2**20
 LOCAL = ZmqConfig(endpoints=("tcp://127.0.0.1:*",))

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from worldvln_edge.runtime.policy import ActionChunk
-from worldvln_edge.runtime.session_journal import (
+from worldvln_edge.runtime.sessions.policy import ActionChunk
+from worldvln_edge.runtime.sessions.session_journal import (
     JournalError,
     Opening,
     SessionJournal,

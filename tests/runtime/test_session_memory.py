@@ -19,11 +19,16 @@ from worldvln_edge.cli import main
 from worldvln_edge.config import ModelConfig
 from worldvln_edge.presets import preset
 from worldvln_edge.protocol import Observe, ProtocolError, Start
-from worldvln_edge.runtime.session_manager import SessionManager
-from worldvln_edge.runtime.session_memory import SessionSizes, bundle_session_memory, held_bytes, session_memory
-from worldvln_edge.runtime.speculation import SpeculationConfig
-from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy, load_policy
-from worldvln_edge.runtime.worldvln_session import WorldVLNSession
+from worldvln_edge.runtime.sessions.session_manager import SessionManager
+from worldvln_edge.runtime.worldvln.session_memory import (
+    SessionSizes,
+    bundle_session_memory,
+    held_bytes,
+    session_memory,
+)
+from worldvln_edge.runtime.worldvln.speculation import SpeculationConfig
+from worldvln_edge.runtime.worldvln.worldvln_policy import WorldVLNPolicy, load_policy
+from worldvln_edge.runtime.worldvln.worldvln_session import WorldVLNSession
 from worldvln_edge.scale_schedule import ScaleSchedule
 
 LONGEST_PROMPT, OTHER_LONGEST_PROMPT = "fly " * 20, "turn " * 20  # cut to the most tokens that the model takes

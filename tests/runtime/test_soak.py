@@ -9,14 +9,14 @@ from click.testing import CliRunner
 
 from worldvln_edge.cli import main
 from worldvln_edge.config import HorizonConfig
-from worldvln_edge.runtime import soak_report
-from worldvln_edge.runtime.bench_table import render
-from worldvln_edge.runtime.policy import PolicyInfo
-from worldvln_edge.runtime.soak import SoakConfig, SoakFlights, soak_bundle
-from worldvln_edge.runtime.soak_log import SegmentSample, SoakLog
-from worldvln_edge.runtime.soak_report import SoakError, SoakReport, soak_parts, summarise
-from worldvln_edge.runtime.trend import theil_sen
-from worldvln_edge.runtime.worldvln_policy import load_policy
+from worldvln_edge.runtime.bench import soak_report
+from worldvln_edge.runtime.bench.bench_table import render
+from worldvln_edge.runtime.bench.soak import SoakConfig, SoakFlights, soak_bundle
+from worldvln_edge.runtime.bench.soak_log import SegmentSample, SoakLog
+from worldvln_edge.runtime.bench.soak_report import SoakError, SoakReport, soak_parts, summarise
+from worldvln_edge.runtime.bench.trend import theil_sen
+from worldvln_edge.runtime.sessions.policy import PolicyInfo
+from worldvln_edge.runtime.worldvln.worldvln_policy import load_policy
 
 INFO = PolicyInfo(
     name="tiny", precision="fp32", backend="onnx", device="cpu", horizon=HorizonConfig(), image_hw=(16, 24)

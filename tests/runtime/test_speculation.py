@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from small_models import random_frames
 
-from worldvln_edge.runtime.full_horizon import FullHorizonFlight, _FullHorizonDriver
-from worldvln_edge.runtime.kv_cache import KVCache
-from worldvln_edge.runtime.policy import ActionChunk
-from worldvln_edge.runtime.speculation import SpeculationConfig
-from worldvln_edge.runtime.text_cache import TextCache
-from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy, WorldVLNSession, load_policy
+from worldvln_edge.runtime.bench.full_horizon import FullHorizonFlight, _FullHorizonDriver
+from worldvln_edge.runtime.sessions.policy import ActionChunk
+from worldvln_edge.runtime.worldvln.kv_cache import KVCache
+from worldvln_edge.runtime.worldvln.speculation import SpeculationConfig
+from worldvln_edge.runtime.worldvln.text_cache import TextCache
+from worldvln_edge.runtime.worldvln.worldvln_policy import WorldVLNPolicy, WorldVLNSession, load_policy
 
 PROMPT, OTHER = "fly forward 5 m", "turn left to the tower"
 POINTS = (1, 5, 9)

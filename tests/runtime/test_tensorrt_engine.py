@@ -13,14 +13,14 @@ from fake_tensorrt import CACHE, FakeEngine, fake_tensorrt
 
 from worldvln_edge.bundle import Bundle, BundleError
 from worldvln_edge.parity_record import EngineParity, OutputParity
-from worldvln_edge.runtime import tensorrt_engine
-from worldvln_edge.runtime.cuda_graph_cache import MOST_SHAPES
-from worldvln_edge.runtime.device_memory import DeviceMemoryError
-from worldvln_edge.runtime.device_tensor import DeviceTensor
-from worldvln_edge.runtime.engine import EngineError, to_host
-from worldvln_edge.runtime.engine_signature import EngineShapeError
-from worldvln_edge.runtime.tensorrt_engine import TensorRTEngine
-from worldvln_edge.runtime.tensorrt_library import TensorRTLog, load_tensorrt, tensor_dtype, tensorrt_log
+from worldvln_edge.runtime.engines import tensorrt_engine
+from worldvln_edge.runtime.engines.cuda_graph_cache import MOST_SHAPES
+from worldvln_edge.runtime.engines.device_memory import DeviceMemoryError
+from worldvln_edge.runtime.engines.device_tensor import DeviceTensor
+from worldvln_edge.runtime.engines.engine import EngineError, to_host
+from worldvln_edge.runtime.engines.engine_signature import EngineShapeError
+from worldvln_edge.runtime.engines.tensorrt_engine import TensorRTEngine
+from worldvln_edge.runtime.engines.tensorrt_library import TensorRTLog, load_tensorrt, tensor_dtype, tensorrt_log
 
 
 @pytest.fixture
@@ -404,7 +404,7 @@ def test_a_real_engine_reaches_the_driver(tmp_path: Path) -> None:
     from engine_bundles import embed_bundle
 
     from worldvln_edge.export.tensorrt_build import build_engines, parse_targets
-    from worldvln_edge.runtime.graphs import ACTION_ADAPTER
+    from worldvln_edge.runtime.worldvln.graphs import ACTION_ADAPTER
 
     folder = embed_bundle(tmp_path / "bundle")
     build_engines(folder, parse_targets("sm89"), graphs=[ACTION_ADAPTER])

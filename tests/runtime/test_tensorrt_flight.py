@@ -14,18 +14,18 @@ from small_models import random_frames
 
 from worldvln_edge.bundle import Bundle
 from worldvln_edge.images import transform
-from worldvln_edge.runtime.cuda_memory import CudaMemory
-from worldvln_edge.runtime.device_kv_memory import DeviceKVMemory
-from worldvln_edge.runtime.device_memory import DeviceMemoryError
-from worldvln_edge.runtime.engine import Engine, EngineError
-from worldvln_edge.runtime.graphs import WORLD_MODEL_CONTEXT, WORLD_MODEL_STEP
-from worldvln_edge.runtime.kv_cache import KVCache, KVWorkspace
-from worldvln_edge.runtime.multiscale import encode_clip
-from worldvln_edge.runtime.tensorrt_engine import TensorRTEngine
-from worldvln_edge.runtime.tensorrt_library import PACKAGES, load_tensorrt, tensorrt_log
-from worldvln_edge.runtime.video_stream import FrameEncoder
-from worldvln_edge.runtime.world_model import WorldModelDriver
-from worldvln_edge.runtime.worldvln_policy import FLIGHT_GRAPHS, WorldVLNPolicy, load_policy
+from worldvln_edge.runtime.engines.cuda_memory import CudaMemory
+from worldvln_edge.runtime.engines.device_kv_memory import DeviceKVMemory
+from worldvln_edge.runtime.engines.device_memory import DeviceMemoryError
+from worldvln_edge.runtime.engines.engine import Engine, EngineError
+from worldvln_edge.runtime.engines.tensorrt_engine import TensorRTEngine
+from worldvln_edge.runtime.engines.tensorrt_library import PACKAGES, load_tensorrt, tensorrt_log
+from worldvln_edge.runtime.worldvln.graphs import WORLD_MODEL_CONTEXT, WORLD_MODEL_STEP
+from worldvln_edge.runtime.worldvln.kv_cache import KVCache, KVWorkspace
+from worldvln_edge.runtime.worldvln.multiscale import encode_clip
+from worldvln_edge.runtime.worldvln.video_stream import FrameEncoder
+from worldvln_edge.runtime.worldvln.world_model import WorldModelDriver
+from worldvln_edge.runtime.worldvln.worldvln_policy import FLIGHT_GRAPHS, WorldVLNPolicy, load_policy
 
 KV_GRAPHS = (WORLD_MODEL_CONTEXT, WORLD_MODEL_STEP)
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from worldvln_edge.runtime.kv_cache import KVEntries
-from worldvln_edge.runtime.text_cache import TextCache
+from worldvln_edge.runtime.worldvln.kv_cache import KVEntries
+from worldvln_edge.runtime.worldvln.text_cache import TextCache
 
 
 def entries(kilobytes: int = 1) -> KVEntries:

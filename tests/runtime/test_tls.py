@@ -21,10 +21,10 @@ from worldvln_edge import cli
 from worldvln_edge.async_client import AsyncSessionClient
 from worldvln_edge.client import ServerUnreachableError, SessionClient, TrustFileError
 from worldvln_edge.protocol import Limits
-from worldvln_edge.runtime.http_door import PREDICT_PATH
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.server import BackgroundServer
-from worldvln_edge.runtime.tls import TlsFileError, TlsOptionError, context_of_options, server_context
+from worldvln_edge.runtime.doors.http_door import PREDICT_PATH
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.doors.tls import TlsFileError, TlsOptionError, context_of_options, server_context
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
 
 FRAME = np.full((8, 8, 3), 127, dtype=np.uint8)
 

@@ -12,9 +12,9 @@ from two_flights import fly
 
 from worldvln_edge.bundle import Bundle
 from worldvln_edge.models.worldvln import load_checkpoint
-from worldvln_edge.runtime import graphs
-from worldvln_edge.runtime.engine import Engine
-from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy, load_policy
+from worldvln_edge.runtime.engines.engine import Engine
+from worldvln_edge.runtime.worldvln import graphs
+from worldvln_edge.runtime.worldvln.worldvln_policy import WorldVLNPolicy, load_policy
 
 ACTION_TOLERANCE = 1e-3  # cm and deg; sums in another order
 

@@ -15,11 +15,11 @@ from opentelemetry.trace import SpanKind
 
 from worldvln_edge.client import ServerError, SessionClient
 from worldvln_edge.protocol import StageTimes
-from worldvln_edge.runtime.envelope import EnvelopeConfig
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.policy import ActionChunk
-from worldvln_edge.runtime.server import BackgroundServer
-from worldvln_edge.runtime.tracing import SpanMeter, TracingUnavailableError, open_tracing
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.sessions.envelope import EnvelopeConfig
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
+from worldvln_edge.runtime.sessions.policy import ActionChunk
+from worldvln_edge.runtime.sessions.tracing import SpanMeter, TracingUnavailableError, open_tracing
 
 FRAME = np.full((8, 8, 3), 127, dtype=np.uint8)
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from worldvln_edge.protocol import Observe, Start
-from worldvln_edge.runtime.device_queue import Ticket
-from worldvln_edge.runtime.null_policy import NullPolicy, NullSession
-from worldvln_edge.runtime.session_manager import SessionManager
+from worldvln_edge.runtime.sessions.device_queue import Ticket
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy, NullSession
+from worldvln_edge.runtime.sessions.session_manager import SessionManager
 
 PIXELS = np.zeros((4, 4, 3), np.uint8).tobytes()
 

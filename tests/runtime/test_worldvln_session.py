@@ -10,10 +10,10 @@ import pytest
 from small_models import random_frames
 
 from worldvln_edge.client import ServerError, SessionClient
-from worldvln_edge.runtime import graphs
-from worldvln_edge.runtime.policy import ActionChunk, NonFiniteActionsError, PolicySession, StoppedError
-from worldvln_edge.runtime.server import BackgroundServer
-from worldvln_edge.runtime.worldvln_policy import WorldVLNPolicy, WorldVLNSession, load_policy
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.sessions.policy import ActionChunk, NonFiniteActionsError, PolicySession, StoppedError
+from worldvln_edge.runtime.worldvln import graphs
+from worldvln_edge.runtime.worldvln.worldvln_policy import WorldVLNPolicy, WorldVLNSession, load_policy
 
 PROMPT = "fly forward 5 m"
 OTHER = "turn left to the tower"

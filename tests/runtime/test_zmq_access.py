@@ -23,11 +23,11 @@ from worldvln_edge.async_client import AsyncSessionClient
 from worldvln_edge.client import ServerError, ServerUnreachableError, SessionClient
 from worldvln_edge.curve_keys import CurveClientKeys, read_key_pair, read_public_keys, write_key_pair
 from worldvln_edge.protocol import End, Error, Hello, Limits, Observe, Ping, Pong, ProtocolError, SessionState, Start
-from worldvln_edge.runtime.listen_address import AddressInUseError, UnsafeAddressError
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.server import BackgroundServer, SessionServer
-from worldvln_edge.runtime.zmq_config import ZmqConfig
-from worldvln_edge.runtime.zmq_endpoint import ZmqEndpoint, ZmqEndpointError
+from worldvln_edge.runtime.doors.listen_address import AddressInUseError, UnsafeAddressError
+from worldvln_edge.runtime.doors.server import BackgroundServer, SessionServer
+from worldvln_edge.runtime.doors.zmq_config import ZmqConfig
+from worldvln_edge.runtime.doors.zmq_endpoint import ZmqEndpoint, ZmqEndpointError
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
 from worldvln_edge.wire import decode_answer, encode
 
 FRAME = np.full((8, 8, 3), 127, dtype=np.uint8)
@@ -459,7 +459,7 @@ def test_oversized_message_ends_its_connection_and_the_server_lives(context):
 
 
 def test_message_of_200_mb_is_refused_before_it_is_in_memory():
-    from worldvln_edge.runtime.process_memory import resident_bytes
+    from worldvln_edge.runtime.sessions.process_memory import resident_bytes
 
     with BackgroundServer(NullPolicy(), zmq=LOCAL) as server:
         port = int(server.server.zmq_urls[0].rpartition(":")[2])

@@ -24,9 +24,9 @@ from worldvln_edge.async_client import AsyncSessionClient
 from worldvln_edge.client import ServerError, ServerUnreachableError, SessionClient
 from worldvln_edge.client_errors import AnswerTimeoutError, MissingTransportError, ServerAddressError
 from worldvln_edge.protocol import Bye, Hello, Limits, Observe, Start
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.server import BackgroundServer
-from worldvln_edge.runtime.zmq_config import ZmqConfig
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.doors.zmq_config import ZmqConfig
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
 from worldvln_edge.server_address import server_url
 from worldvln_edge.wire import decode_answer, encode
 
@@ -258,9 +258,9 @@ def test_forgotten_connection_says_hello_again_and_the_flight_goes_on(folder):
 
 _SERVER = """
 import sys
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.server import serve
-from worldvln_edge.runtime.zmq_config import ZmqConfig
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
+from worldvln_edge.runtime.doors.server import serve
+from worldvln_edge.runtime.doors.zmq_config import ZmqConfig
 config = ZmqConfig(endpoints=(sys.argv[1],))
 serve(NullPolicy(infer_s=0.2), None, zmq=config, on_ready=lambda url: print(url, flush=True))
 """

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from worldvln_edge import cli
 from worldvln_edge.curve_keys import CurveKeyError, write_key_pair
-from worldvln_edge.runtime.zmq_option import ZmqOptionError, zmq_config, zmq_options
+from worldvln_edge.runtime.doors.zmq_option import ZmqOptionError, zmq_config, zmq_options
 
 
 def serve(folder: Path, *options: str):

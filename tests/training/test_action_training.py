@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from worldvln_edge.action_windows import context_frame
 from worldvln_edge.config import GenerationConfig
 from worldvln_edge.models.action_decoder import LatentActionHead
-from worldvln_edge.runtime.tokenizer import PromptTokenizer
+from worldvln_edge.runtime.worldvln.tokenizer import PromptTokenizer
 from worldvln_edge.scale_schedule import ScaleSchedule
-from worldvln_edge.training.action import (
+from worldvln_edge.training.stages.action import (
     ActionTrainingConfig,
     FeatureCache,
     MotionWeights,
@@ -25,10 +25,10 @@ from worldvln_edge.training.action import (
     observed_codes,
     train_latent_head,
 )
-from worldvln_edge.training.backbone import TextBatch
-from worldvln_edge.training.flight_data import FlightSet
-from worldvln_edge.training.loop import OptimiserConfig
-from worldvln_edge.training.tokenizer import build_word_tokenizer
+from worldvln_edge.training.stages.backbone import TextBatch
+from worldvln_edge.training.stages.flight_data import FlightSet
+from worldvln_edge.training.stages.loop import OptimiserConfig
+from worldvln_edge.training.stages.tokenizer import build_word_tokenizer
 
 CONFIG = tiny_config(clips_per_segment=2, left_context=3)
 FRAMES, STEP = CONFIG.horizon.num_frames, CONFIG.horizon.step

@@ -13,9 +13,9 @@ from worldvln_edge.models.attention_mask import all_scales
 from worldvln_edge.models.quantizer import SelfCorrection, encode_for_training
 from worldvln_edge.models.worldvln import WorldVLN
 from worldvln_edge.prompts import tagged_prompt
-from worldvln_edge.runtime.tokenizer import PromptTokenizer
+from worldvln_edge.runtime.worldvln.tokenizer import PromptTokenizer
 from worldvln_edge.scale_schedule import ScaleSchedule
-from worldvln_edge.training.backbone import (
+from worldvln_edge.training.stages.backbone import (
     BackboneTrainingConfig,
     TextBatch,
     bit_loss,
@@ -24,8 +24,8 @@ from worldvln_edge.training.backbone import (
     train_backbone,
     visual_hidden,
 )
-from worldvln_edge.training.loop import OptimiserConfig
-from worldvln_edge.training.tokenizer import build_word_tokenizer
+from worldvln_edge.training.stages.loop import OptimiserConfig
+from worldvln_edge.training.stages.tokenizer import build_word_tokenizer
 
 CONFIG = tiny_config()
 SCHEDULE = ScaleSchedule(CONFIG.schedule, 7)

@@ -8,8 +8,8 @@ import pytest
 
 from worldvln_edge import exporter_identity
 from worldvln_edge.bundle import Bundle
-from worldvln_edge.training import bundle_source as module
-from worldvln_edge.training.bundle_source import SOURCE_FILE, ExportFailedError, bundle_source, ensure_bundle
+from worldvln_edge.training.evaluation import bundle_source as module
+from worldvln_edge.training.evaluation.bundle_source import SOURCE_FILE, ExportFailedError, bundle_source, ensure_bundle
 
 
 @pytest.fixture

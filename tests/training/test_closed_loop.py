@@ -9,12 +9,12 @@ import pytest
 from worldvln_edge.client import SessionClient
 from worldvln_edge.config import HorizonConfig
 from worldvln_edge.poses import integrate_actions
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.policy import ActionChunk
-from worldvln_edge.runtime.server import BackgroundServer
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
+from worldvln_edge.runtime.sessions.policy import ActionChunk
 from worldvln_edge.tasks import SceneRef
-from worldvln_edge.training.baselines import read_action_tables, shuffled_instructions
-from worldvln_edge.training.closed_loop import (
+from worldvln_edge.training.evaluation.baselines import read_action_tables, shuffled_instructions
+from worldvln_edge.training.evaluation.closed_loop import (
     FlightError,
     PolicyPilot,
     ReplayPilot,
@@ -24,9 +24,17 @@ from worldvln_edge.training.closed_loop import (
     flight_seed,
     fly_task,
 )
-from worldvln_edge.training.evaluation import EXPERT, MEAN_KIND, POLICY, SHUFFLED, ZERO, RemotePilot, evaluate
-from worldvln_edge.training.evaluation_tables import evaluation_markdown
-from worldvln_edge.training.flight_statistics import wilson_interval
+from worldvln_edge.training.evaluation.evaluation import (
+    EXPERT,
+    MEAN_KIND,
+    POLICY,
+    SHUFFLED,
+    ZERO,
+    RemotePilot,
+    evaluate,
+)
+from worldvln_edge.training.evaluation.evaluation_tables import evaluation_markdown
+from worldvln_edge.training.evaluation.flight_statistics import wilson_interval
 from worldvln_edge.training.sim.flights import FlightsConfig, generate_flights
 from worldvln_edge.training.sim.instructions import TASK_KINDS
 from worldvln_edge.training.sim.shards import FlightDataError

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from worldvln_edge.poses import actions_to_deltas
-from worldvln_edge.training.flight_data import load_flights
 from worldvln_edge.training.sim.shards import FlightDataError, fingerprint_shards, list_shards, shard_sizes
+from worldvln_edge.training.stages.flight_data import load_flights
 
 FRAMES, HW = 5, (4, 6)
 

@@ -8,12 +8,18 @@ import pytest
 from PIL import Image
 
 from worldvln_edge.client import ServerUnreachableError
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.server import BackgroundServer
-from worldvln_edge.training.closed_loop import FlightError, ReplayPilot, SceneSimulators, expert_actions, fly_task
-from worldvln_edge.training.flight_report import file_stems, summarise, summary_table, write_flight_files
-from worldvln_edge.training.flight_run import FlightRunConfig, fly_tasks
-from worldvln_edge.training.flight_view import draw_predicted_path, render_views, view_hw
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
+from worldvln_edge.training.evaluation.closed_loop import (
+    FlightError,
+    ReplayPilot,
+    SceneSimulators,
+    expert_actions,
+    fly_task,
+)
+from worldvln_edge.training.evaluation.flight_report import file_stems, summarise, summary_table, write_flight_files
+from worldvln_edge.training.evaluation.flight_run import FlightRunConfig, fly_tasks
+from worldvln_edge.training.evaluation.flight_view import draw_predicted_path, render_views, view_hw
 from worldvln_edge.training.sim.instructions import TASK_KINDS
 from worldvln_edge.training.sim.tasks import generate_task
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from worldvln_edge.training.loop import OptimiserConfig, TrainingDivergedError, optimise, step_generator
+from worldvln_edge.training.stages.loop import OptimiserConfig, TrainingDivergedError, optimise, step_generator
 
 CONFIG = OptimiserConfig(learning_rate=0.1, steps=60, warmup_steps=10, log_every=25, weight_decay=0.0)
 

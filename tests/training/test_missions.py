@@ -8,10 +8,16 @@ from click.testing import CliRunner
 
 from worldvln_edge import cli
 from worldvln_edge.config import HorizonConfig
-from worldvln_edge.runtime.bench_table import render
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.training.closed_loop import FlightError, ReplayPilot, SceneSimulators, expert_actions, fly_task
-from worldvln_edge.training.missions import THEN, MissionPilot, fly_missions, generate_mission, mission_parts
+from worldvln_edge.runtime.bench.bench_table import render
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
+from worldvln_edge.training.evaluation.closed_loop import (
+    FlightError,
+    ReplayPilot,
+    SceneSimulators,
+    expert_actions,
+    fly_task,
+)
+from worldvln_edge.training.evaluation.missions import THEN, MissionPilot, fly_missions, generate_mission, mission_parts
 from worldvln_edge.training.sim.tasks import generate_task
 
 FRAME = np.zeros((8, 8, 3), np.uint8)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from worldvln_edge.training.optical_flow import coarse_flow
+from worldvln_edge.training.stages.optical_flow import coarse_flow
 
 
 def _texture(seed: int = 0) -> np.ndarray:

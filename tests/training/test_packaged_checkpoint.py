@@ -6,7 +6,7 @@ from dataclasses import asdict
 from worldvln_edge.models.worldvln import load_checkpoint
 from worldvln_edge.presets import preset
 from worldvln_edge.training.demo import packaged_checkpoint
-from worldvln_edge.training.pipeline import Recipe
+from worldvln_edge.training.stages.pipeline import Recipe
 
 
 def test_packaged_checkpoint_loads_strictly_and_is_small():

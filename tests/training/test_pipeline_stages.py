@@ -15,9 +15,9 @@ from small_models import random_frames, tiny_config
 from worldvln_edge.config import GenerationConfig, ModelConfig
 from worldvln_edge.export.graph_sources import graph_sources
 from worldvln_edge.models.worldvln import load_checkpoint
-from worldvln_edge.training.loop import TrainingDivergedError
-from worldvln_edge.training.pipeline import DeviceError, Recipe, WorkFolderError, train_model
 from worldvln_edge.training.sim.instructions import instruction_vocabulary
+from worldvln_edge.training.stages.loop import TrainingDivergedError
+from worldvln_edge.training.stages.pipeline import DeviceError, Recipe, WorkFolderError, train_model
 
 
 def _config() -> ModelConfig:

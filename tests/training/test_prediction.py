@@ -11,7 +11,7 @@ from worldvln_edge.models.generation import TextCondition, generate
 from worldvln_edge.models.quantizer import encode_bits
 from worldvln_edge.models.worldvln import WorldVLN
 from worldvln_edge.scale_schedule import ScaleSchedule
-from worldvln_edge.training.prediction import predict_clip
+from worldvln_edge.training.stages.prediction import predict_clip
 
 # Probabilities of 0 or 1: then bits do not depend on the random numbers, which the two sides draw differently.
 CERTAIN = GenerationConfig(cfg=3.0, tau_image=1e-4, tau_video=1e-4, apg_norm_threshold=0.0)

@@ -10,13 +10,17 @@ import pytest
 from click.testing import CliRunner
 
 from worldvln_edge.cli import main
-from worldvln_edge.runtime.bench_table import render
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.server import BackgroundServer
+from worldvln_edge.runtime.bench.bench_table import render
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
 from worldvln_edge.tasks import write_task_list
-from worldvln_edge.training.flight_statistics import EvalFlight, success_difference
-from worldvln_edge.training.profile_quality import ProfileQualityConfig, ProfileQualityReport, measure_profiles
-from worldvln_edge.training.profile_tables import profile_parts
+from worldvln_edge.training.evaluation.flight_statistics import EvalFlight, success_difference
+from worldvln_edge.training.evaluation.profile_quality import (
+    ProfileQualityConfig,
+    ProfileQualityReport,
+    measure_profiles,
+)
+from worldvln_edge.training.evaluation.profile_tables import profile_parts
 from worldvln_edge.training.sim.tasks import generate_task
 
 OWN = '[{"name": "coarse", "skipped_scales": 1}]'
@@ -211,7 +215,7 @@ def test_fly_refuses_what_does_not_go_together(tiny_bundle, tmp_path):
 def test_fly_says_why_its_server_did_not_start(tiny_bundle, tmp_path):
     """A bundle that is whole, whose measured times belong to another one."""
     from worldvln_edge.bundle import Bundle
-    from worldvln_edge.runtime.latency_model import device_name, new_model, write_model
+    from worldvln_edge.runtime.worldvln.latency_model import device_name, new_model, write_model
 
     tasks = tmp_path / "tasks.json"
     write_task_list([generate_task("test", 0)], tasks)

@@ -9,9 +9,9 @@ from small_models import random_frames, tiny_config
 
 from worldvln_edge.action_windows import LabelStats
 from worldvln_edge.models.action_decoder import RgbActionHead
-from worldvln_edge.training.flight_data import FlightSet
-from worldvln_edge.training.loop import OptimiserConfig
-from worldvln_edge.training.rgb_head import RgbTrainingConfig, train_rgb_head
+from worldvln_edge.training.stages.flight_data import FlightSet
+from worldvln_edge.training.stages.loop import OptimiserConfig
+from worldvln_edge.training.stages.rgb_head import RgbTrainingConfig, train_rgb_head
 
 CONFIG = tiny_config(clips_per_segment=2, left_context=3)
 FRAMES, FLIGHTS = CONFIG.horizon.num_frames, 5

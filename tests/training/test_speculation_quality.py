@@ -7,8 +7,8 @@ import pytest
 from click.testing import CliRunner
 
 from worldvln_edge import cli
-from worldvln_edge.runtime.speculation import SpeculationReport
-from worldvln_edge.training.speculation_quality import measure_speculation
+from worldvln_edge.runtime.worldvln.speculation import SpeculationReport
+from worldvln_edge.training.evaluation.speculation_quality import measure_speculation
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from small_models import WORDS
 from worldvln_edge.config import HorizonConfig
 from worldvln_edge.presets import nano
 from worldvln_edge.prompts import tagged_prompt
-from worldvln_edge.runtime.tokenizer import PromptTokenizer
+from worldvln_edge.runtime.worldvln.tokenizer import PromptTokenizer
 from worldvln_edge.training.sim.instructions import instruction_vocabulary
-from worldvln_edge.training.tokenizer import build_word_tokenizer
+from worldvln_edge.training.stages.tokenizer import build_word_tokenizer
 
 TAG = "<<<t=3s>>>"
 

@@ -10,12 +10,12 @@ import pytest
 from click.testing import CliRunner
 
 from worldvln_edge.cli import main
-from worldvln_edge.runtime.null_policy import NullPolicy
-from worldvln_edge.runtime.server import BackgroundServer
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
 from worldvln_edge.tasks import write_task_list
-from worldvln_edge.training.bundle_source import SOURCE_FILE, ExportFailedError, bundle_source
 from worldvln_edge.training.demo import demo_tasks, run_demo
-from worldvln_edge.training.served_bundle import ServedBundleError, serve_bundle
+from worldvln_edge.training.evaluation.bundle_source import SOURCE_FILE, ExportFailedError, bundle_source
+from worldvln_edge.training.evaluation.served_bundle import ServedBundleError, serve_bundle
 from worldvln_edge.training.sim.flights import FlightsConfig, generate_flights
 from worldvln_edge.training.sim.tasks import generate_task
 

@@ -13,9 +13,9 @@ from worldvln_edge.config import ConfigError
 from worldvln_edge.models.quantizer import add_codes, encode_bits
 from worldvln_edge.models.video_vae import VideoVAE
 from worldvln_edge.scale_schedule import ScaleSchedule
-from worldvln_edge.training.flight_data import FlightSet
-from worldvln_edge.training.loop import OptimiserConfig
-from worldvln_edge.training.vae import (
+from worldvln_edge.training.stages.flight_data import FlightSet
+from worldvln_edge.training.stages.loop import OptimiserConfig
+from worldvln_edge.training.stages.vae import (
     MotionReadouts,
     VaeTrainingConfig,
     encode_flights,

@@ -1,0 +1,1 @@
+"""Benchmarks and soak runs: commands that print tables about speed, memory and load."""

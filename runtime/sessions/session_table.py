@@ -1,0 +1,307 @@
+"""The open sessions of a server: who owns them, whose turn it is, and which go first when room is needed.
+
+A session is keyed by (peer, name): the name is the client's and never leaves memory; two peers may use the same name.
+Source: spec/session_protocol.md 2.5 (aliasing), 2.8, 7.4, 7.6, 7.8.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from worldvln_edge.config import HorizonConfig
+from worldvln_edge.protocol import Bye, Limits, ProtocolError, SessionPhase, SessionState
+from worldvln_edge.runtime.sessions.device_queue import Ticket
+from worldvln_edge.runtime.sessions.memory_budget import MemoryBudget, in_units
+from worldvln_edge.runtime.sessions.policy import ActionChunk, PolicySession
+from worldvln_edge.runtime.sessions.session_journal import SessionLog
+
+SessionKey = tuple[str, str]
+"""(peer, session name)."""
+
+
+@dataclass(eq=False)
+class LiveSession:
+    """One trajectory on the server.
+
+    `frames_seen`, `emitted`, `policy_need` and `is_done` mirror the policy session as of its last turn, so that they
+    may be read while a worker thread is inside it.
+    """
+
+    key: SessionKey
+    policy_session: PolicySession
+    horizon: HorizonConfig
+    """Of the whole trajectory: the model's, or a chained one."""
+    seed: int
+    last_used: float
+    most_bytes: int = 0
+    """What the policy session holds at most."""
+    notify: Callable[[Bye], None] | None = None
+    waiting_frames: list[np.ndarray] = field(default_factory=list)
+    """Stored frames that the policy has not taken yet: a deadline passed, or a resend was answered from `chunks`."""
+    waiting_bytes: int = 0
+    prompt: str = ""
+    """As the client said it last."""
+    next_prompt: str | None = None
+    """What the policy session does not know yet; so the next two."""
+    next_negative_prompt: str | None = None
+    next_seed: int | None = None
+    reply: str = "segment"
+    """What an answer holds where the client may choose it (openpi)."""
+    last_call: tuple[int, int, int] | None = None
+    """(first frame, count, emitted segment) of the last answered call that said where its frames belong."""
+    ahead: Ticket | None = None
+    """Of the last work ahead of time."""
+    has_more_ahead: bool = False
+    """It was broken off."""
+    chunks: dict[int, ActionChunk] = field(default_factory=dict)
+    capture_ns: dict[int, int] = field(default_factory=dict)
+    """Frame index -> capture time of the client's clock."""
+    still_steps: int | None = None
+    """Steps that were flown without motion at the end of what was answered so far; None: nobody counts."""
+    stored_s: dict[int, float] = field(default_factory=dict)
+    """Frame index -> event-loop time at which it was stored."""
+    frames_seen: int = 0
+    emitted: int = -1
+    policy_need: int = 0
+    is_done: bool = False
+    negative_prompt: str = ""
+    log: SessionLog | None = None
+    """Its journal, where there is one."""
+    held_bytes: int = 0
+    """What a done session still holds; written by the thread that flew its last segment."""
+
+    def __post_init__(self) -> None:
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over the policy session's counts; what it took no longer waits. Only while no thread is inside it."""
+        del self.waiting_frames[: self.policy_session.frames - self.frames_seen]
+        self.waiting_bytes = sum(frame.nbytes for frame in self.waiting_frames)
+        self.frames_seen = self.policy_session.frames
+        self.emitted = self.policy_session.emitted
+        self.policy_need = self.policy_session.need
+        self.is_done = self.policy_session.done
+
+    @property
+    def counted_bytes(self) -> int:
+        """Its part of the server's memory for sessions. An open one counts what it may come to hold."""
+        return self.held_bytes if self.is_done else self.most_bytes
+
+    @property
+    def frames(self) -> int:
+        """Frames stored, n."""
+        return min(self.frames_seen + len(self.waiting_frames), self.horizon.num_frames)
+
+    @property
+    def need(self) -> int:
+        """Frames missing for the next segment; 0 when none are."""
+        return 0 if self.is_done else max(0, self.policy_need - len(self.waiting_frames))
+
+    def state(self, re: int, phase: SessionPhase | None = None) -> SessionState:
+        return SessionState(
+            re=re,
+            session=self.key[1],
+            state=phase or ("done" if self.is_done else "open"),
+            frames=self.frames,
+            emitted=self.emitted,
+            need=self.need,
+        )
+
+
+class SessionTable:
+    """All methods are called from one event loop.
+
+    Args:
+        limits: counts and times.
+        budget: bytes.
+        clock: seconds, monotonic.
+        on_drop: called with every session that leaves the table, to free what it holds.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        budget: MemoryBudget,
+        clock: Callable[[], float],
+        on_drop: Callable[[LiveSession], None],
+    ):
+        self._limits, self._budget, self._clock, self._on_drop = limits, budget, clock, on_drop
+        self._sessions: dict[SessionKey, LiveSession] = {}
+        self._turns: dict[SessionKey, tuple[asyncio.Lock, int]] = {}
+        self._reserved: list[SessionKey] = []
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def waiting_bytes(self) -> int:
+        return sum(session.waiting_bytes for session in self._sessions.values())
+
+    @asynccontextmanager
+    async def turn(self, key: SessionKey) -> AsyncIterator[None]:
+        """Hold the session's turn: requests for one (peer, name) are handled in order of arrival."""
+        lock, users = self._turns.get(key) or (asyncio.Lock(), 0)
+        self._turns[key] = (lock, users + 1)
+        try:
+            async with lock:
+                yield
+        finally:
+            users = self._turns[key][1] - 1
+            if users:
+                self._turns[key] = (lock, users)
+            else:
+                del self._turns[key]
+
+    def users(self, key: SessionKey) -> int:
+        """Requests that hold the session's turn or wait for it."""
+        return self._turns[key][1] if key in self._turns else 0
+
+    def find(self, key: SessionKey) -> LiveSession | None:
+        return self._sessions.get(key)
+
+    def get(self, key: SessionKey) -> LiveSession:
+        """The session, marked as used now.
+
+        Raises:
+            ProtocolError: `unknown_session`: never started, ended, expired, or another peer's.
+        """
+        session = self.use(key)
+        if session is None:
+            raise ProtocolError("unknown_session", "no such session; start it (it may have ended or expired)")
+        return session
+
+    def use(self, key: SessionKey) -> LiveSession | None:
+        """The session if there is one, marked as used now."""
+        session = self._sessions.get(key)
+        if session is not None:
+            session.last_used = self._clock()
+        return session
+
+    @contextmanager
+    def reserve(self, key: SessionKey) -> Iterator[None]:
+        """Hold a place for a session about to be added, dropping old ones where needed.
+
+        Raises:
+            ProtocolError: `overloaded`: every session was active lately, or what they may hold leaves no room for
+                another one. `busy`: this peer has too many open ones.
+        """
+        peer = key[0]
+        if peer and self._open_sessions(peer, besides=key) >= self._limits.max_open_sessions_per_key:
+            self._drop_oldest_idle(lambda session: session.key[0] == peer and not session.is_done)
+            if self._open_sessions(peer, besides=key) >= self._limits.max_open_sessions_per_key:
+                raise ProtocolError(
+                    "busy",
+                    f"this key has {self._limits.max_open_sessions_per_key} open sessions; end one of them first",
+                )
+        if self._count(besides=key) >= self._limits.max_sessions:
+            self._drop_oldest_idle(lambda session: True)
+            if self._count(besides=key) >= self._limits.max_sessions:
+                raise ProtocolError(
+                    "overloaded",
+                    f"the server holds {self._limits.max_sessions} active sessions",
+                    retry_ms=round(self._limits.min_idle_s * 1000),
+                )
+        self._make_room_for_session(key)
+        self._reserved.append(key)
+        try:
+            yield
+        finally:
+            self._reserved.remove(key)
+
+    def _count(self, besides: SessionKey) -> int:
+        reserved = [key for key in self._reserved if key != besides]
+        return len(self._sessions.keys() - {besides}) + len([key for key in reserved if key not in self._sessions])
+
+    def _open_sessions(self, peer: str, besides: SessionKey) -> int:
+        held = {key for key, session in self._sessions.items() if key[0] == peer and not session.is_done}
+        return len((held | {key for key in self._reserved if key[0] == peer}) - {besides})
+
+    def make_room_for_bytes(self) -> None:
+        """Drop the idle session that frees frames, if there is one."""
+        self._drop_oldest_idle(lambda session: session.waiting_bytes > 0)
+
+    def _make_room_for_session(self, key: SessionKey) -> None:
+        """Drop idle sessions until another one's memory fits; none if that would not be enough."""
+        allowed, needed = self._budget.sessions_bytes, self._budget.session_bytes
+        if allowed is None or needed == 0:
+            return
+        held = {other: session.counted_bytes for other, session in self._sessions.items() if other != key}
+        # A place that is being filled counts as the session that it is for, whatever it replaces.
+        held |= {other: needed for other in self._reserved if other != key}
+        missing = sum(held.values()) + needed - allowed
+        going = []
+        for session in self._idle_in_order():
+            if missing <= 0:
+                break
+            if session.counted_bytes > 0:
+                going.append(session)
+                missing -= session.counted_bytes
+        if missing > 0:
+            free = max(0, allowed - sum(held.values()))
+            raise ProtocolError(
+                "overloaded",
+                f"another session may need {in_units(needed)}, and {in_units(free)} of the {in_units(allowed)} for "
+                f"sessions are free, with {len(held)} sessions there; end one, or try again when one was idle for "
+                f"{self._limits.min_idle_s:g} s (the server's operator may allow more with --session-memory-mb)",
+                retry_ms=round(self._limits.min_idle_s * 1000),
+            )
+        for session in going:
+            self._drop(session)
+
+    def _drop_oldest_idle(self, may_drop: Callable[[LiveSession], bool]) -> None:
+        """Drop the first session in the order of `_idle_in_order` that may go."""
+        for session in self._idle_in_order():
+            if may_drop(session):
+                self._drop(session)
+                return
+
+    def _idle_in_order(self) -> list[LiveSession]:
+        """Sessions that may be dropped: done ones first, then the longest idle; none in use or active lately."""
+        now = self._clock()
+        idle = [
+            session
+            for key, session in self._sessions.items()
+            if key not in self._turns and now - session.last_used >= self._limits.min_idle_s
+        ]
+        return sorted(idle, key=lambda session: (not session.is_done, session.last_used))
+
+    def add(self, session: LiveSession) -> None:
+        """Put a session in; one of the same key is replaced and freed."""
+        self.remove(session.key)
+        self._sessions[session.key] = session
+
+    def remove(self, key: SessionKey) -> LiveSession | None:
+        """Take a session out and free it; None if there is none."""
+        session = self._sessions.get(key)
+        if session is not None:
+            del self._sessions[key]
+            self._on_drop(session)
+        return session
+
+    def _drop(self, session: LiveSession) -> None:
+        self.remove(session.key)
+        if session.notify is not None:
+            session.notify(Bye(reason="expired", session=session.key[1]))
+
+    def expire(self) -> int:
+        """Drop every session that was idle longer than session_ttl_s; returns how many."""
+        now = self._clock()
+        old = [
+            session
+            for key, session in self._sessions.items()
+            if key not in self._turns and now - session.last_used > self._limits.session_ttl_s
+        ]
+        for session in old:
+            self._drop(session)
+        return len(old)
+
+    def clear(self) -> None:
+        """Free every session."""
+        for key in list(self._sessions):
+            self.remove(key)

@@ -1,0 +1,356 @@
+"""One flight of WorldVLN: a prompt, its frames in order, and everything that was computed from them.
+
+The walk of a frame: preprocess -> VAE encoder -> bit labels -> VAE decoder, as soon as a latent frame is complete; when
+a clip is: its keys and values; then, when a segment is ready: generate its clips -> VAE decoder -> adapter ->
+TimesFormer windows -> actions. What only later segments need waits for `work_ahead`.
+Source: spec/world_model.md 7, 9.2; spec/video_vae.md 8; spec/action_decoder.md 4, 10; spec/session_protocol.md 2.6.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from worldvln_edge.images import check_rgb, transform
+from worldvln_edge.runtime.engines.engine import Tensor
+from worldvln_edge.runtime.sessions.policy import ActionChunk, Emit, check_restorable
+from worldvln_edge.runtime.worldvln import graphs
+from worldvln_edge.runtime.worldvln.kv_cache import KVCache
+from worldvln_edge.runtime.worldvln.multiscale import ObservedClip, join_parts, quantise
+from worldvln_edge.runtime.worldvln.segment_generation import Basis, GeneratedSegment, generate_segment
+from worldvln_edge.runtime.worldvln.session_memory import held_bytes
+from worldvln_edge.runtime.worldvln.speculation import SpeculationReport, Speculator
+from worldvln_edge.runtime.worldvln.stage_clock import StageClock
+from worldvln_edge.runtime.worldvln.video_stream import FeatureDecoder, FrameEncoder
+from worldvln_edge.runtime.worldvln.world_model import GeneratedClip, WorldModelDriver, run_to_end
+
+if TYPE_CHECKING:
+    from worldvln_edge.runtime.worldvln.worldvln_policy import WorldVLNPolicy
+
+
+class WorldVLNSession:
+    """See `PolicySession`.
+
+    Whatever an engine raises leaves the flight as it was before that step: every step computes first and is taken
+    over when all of its engines have answered. `frames` tells whether the frames of the failed call were taken; the
+    next `observe` goes on from there.
+    """
+
+    def __init__(
+        self, policy: WorldVLNPolicy, prompt: str, *, seed: int, negative_prompt: str, emit: Emit, record: bool
+    ):
+        self._policy = policy
+        self._config = policy.config
+        self._prompt, self._negative_prompt = prompt, negative_prompt
+        self._seed, self._emit, self._record = seed, emit, record
+        self._encoder = FrameEncoder(policy.engines, self._config.video_vae.temporal_stride)
+        self._decoder = FeatureDecoder(policy.engines)
+        self._driver = WorldModelDriver(
+            policy.engines, policy.tables, KVCache(policy.workspace), step_engines=policy.step_engines
+        )
+        self._latents: list[np.ndarray] = []  # encoded, not yet part of an observed clip
+        self._parts: list[ObservedClip] = []  # of the clip that is being observed
+        self._clips: list[ObservedClip] = []
+        tokens = policy.input_dtype(graphs.ACTION_HEAD, "tokens")
+        self._context_tokens = np.zeros((0, *self._token_shape), tokens)
+        self._clock = StageClock()
+        self._speculator = Speculator(policy)
+        self.profile = policy.profile
+        """How deep the segments still to come are generated; may be replaced by another of `policy.profiles`."""
+        self.frames = 0
+        self.emitted = -1
+        self.last_segment_s = 0.0
+        """What the last segment took, from encoded frames to actions."""
+        self.last_prediction: tuple[GeneratedClip, ...] = ()
+        """The clips behind the last action chunk; their bits only with `record` (recorder, parity tests)."""
+
+    @property
+    def _token_shape(self) -> tuple[int, int]:
+        head = self._config.action_decoder.latent_head
+        return head.tokens_per_frame, head.width
+
+    @property
+    def observed_clips(self) -> tuple[ObservedClip, ...]:
+        """Bit labels and codes of the clips that the next segment rests on (recorder, parity tests)."""
+        return tuple(self._clips)
+
+    @property
+    def stored_scales(self) -> tuple[tuple[int, int], ...]:
+        """(clip, scale) pairs whose keys and values the session holds."""
+        return self._driver.stored_scales
+
+    @property
+    def kv_bytes(self) -> int:
+        """Keys and values that the session holds."""
+        return self._driver.kv_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """See `PolicySession.held_bytes`; with `record` there is more to hold than `WorldVLNPolicy.session_bytes`."""
+        return held_bytes(self._held())
+
+    def _held(self) -> Iterator[Tensor]:
+        yield from (*self._encoder.held, *self._decoder.held, *self._driver.held)
+        yield from (*self._latents, self._context_tokens)
+        for clip in (*self._parts, *self._clips):
+            yield from clip.arrays
+        for generated in self.last_prediction:
+            yield from generated.arrays
+        yield from self._speculator.held
+
+    @property
+    def speculated(self) -> SpeculationReport:
+        """What speculation did in this flight (`WorldVLNPolicy.speculation`)."""
+        return self._speculator.report
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Work done so far in this flight (spec/world_model.md 9.3)."""
+        return {
+            "token_steps": self._driver.token_steps,
+            "row_steps": self._driver.row_steps,
+            "world_model_calls": self._driver.calls,
+            "frames_encoded": self._encoder.frames_encoded,
+            "latents_decoded": self._decoder.latents_decoded,
+        }
+
+    @property
+    def need(self) -> int:
+        if self.done:
+            return 0
+        points = self._config.horizon.points
+        wanted = points[self.emitted + 1] if self._emit == "ahead" else points[self.emitted + 2]
+        return max(0, wanted - self.frames)
+
+    @property
+    def done(self) -> bool:
+        return self.emitted + 1 >= self._config.horizon.segments
+
+    def set_prompt(self, prompt: str) -> None:
+        """Replace the prompt for the segments still to come: keys and values are made anew, bit labels stay."""
+        if prompt != self._prompt:
+            self._prompt = prompt
+            self._forget_text()
+
+    def set_negative_prompt(self, negative_prompt: str) -> None:
+        """Replace the negative prompt, with the same effect."""
+        if negative_prompt != self._negative_prompt:
+            self._negative_prompt = negative_prompt
+            self._forget_text()
+
+    def set_seed(self, seed: int) -> None:
+        """Replace the seed of the segments still to come; draws that were made ahead for the old one are not used."""
+        self._seed = seed
+
+    def close(self) -> None:
+        """Free everything but the last prediction."""
+        self._free_what_follows_would_need()
+        self._driver.clear()
+        self._clips.clear()
+        self._parts.clear()
+
+    def _free_what_follows_would_need(self) -> None:
+        """Keys and values, draws, convolution states; bit labels and codes stay (recorder, parity tests)."""
+        self._speculator.close()
+        self._driver.finish()
+        self._encoder.finish()
+        self._decoder.finish()
+        self._latents.clear()
+
+    def least_s(self, new_frames: int = 0) -> float | None:
+        """See `PolicySession.least_s`."""
+        chooser = self._policy.chooser
+        if chooser is None or self.done:
+            return None
+        least_s = chooser.least_seconds(self.profile, self.emitted + 1)
+        return None if least_s is None else least_s + chooser.seconds_of_frames(self._useful(new_frames))
+
+    def observe(
+        self,
+        frames: Sequence[np.ndarray],
+        *,
+        budget_s: float | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> ActionChunk | None:
+        """See `PolicySession.observe`."""
+        start = time.perf_counter()
+        with self._policy.turn:
+            if not self._take_frames(frames):
+                return None
+            spent_s = time.perf_counter() - start
+            left_s = None if budget_s is None else budget_s - spent_s
+            return self._emit_segment(self.emitted + 1, left_s, should_stop)
+
+    def restore(self, frames: Sequence[np.ndarray], emitted: int) -> None:
+        """See `PolicySession.restore`."""
+        check_restorable(self, frames, emitted)
+        points, taken = self._config.horizon.points, 0
+        with self._policy.turn:
+            for segment in range(emitted + 1):
+                self._take_frames(frames[taken : points[segment]])
+                taken = points[segment]
+                if self.frames < taken:
+                    raise ValueError(f"segment {emitted} cannot rest on {len(frames)} frames")
+                self.emitted = segment
+            self._take_frames(frames[taken:])
+        self._clock.take()  # nobody waited for a segment here
+
+    def _take_frames(self, frames: Sequence[np.ndarray]) -> bool:
+        """Encode what is new. Is the next segment ready?"""
+        horizon = self._config.horizon
+        for frame in frames:
+            check_rgb(frame)
+        start, encoded = time.perf_counter(), self._encoder.frames_encoded
+        with self._clock("preprocess"):
+            ready = [transform(frame, self._config.image_hw) for frame in frames[: self._useful(len(frames))]]
+        with self._clock("vae_encoder"):
+            latents = self._encoder.push(ready)
+        self._latents += latents
+        self.frames = min(horizon.num_frames, self.frames + len(frames))
+        self._take_latents()
+        encoded = self._encoder.frames_encoded - encoded
+        if encoded and self._policy.chooser is not None:
+            self._policy.chooser.add_frames(encoded, time.perf_counter() - start)
+        return not self.done and self.need == 0
+
+    def _useful(self, new_frames: int) -> int:
+        """How many of the next frames are encoded: those behind the last segment's start are counted only."""
+        return min(new_frames, max(0, self._config.horizon.points[-2] - self.frames))
+
+    def work_ahead(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
+        """See `PolicySession.work_ahead`."""
+        if self.done:
+            return False
+        with self._policy.turn:
+            clock, self._clock = self._clock, StageClock()  # nobody waits for this, so no segment is charged for it
+            try:
+                self._prepare_text()
+                self._driver.work_ahead(self._policy.clips_of(self.emitted + 1), self._seed, self.profile)
+            finally:
+                self._clock = clock
+            if self._emit == "behind" or self.need == 0:
+                return False  # frames are ahead of what could be predicted
+            return self._speculator.advance(
+                self._driver,
+                self._decoder,
+                observed_clips=len(self._clips),
+                seed=self._seed,
+                profile=self.profile,
+                should_stop=should_stop,
+            )
+
+    def _forget_text(self) -> None:
+        self._driver.forget_text()
+        self._speculator.drop()
+
+    def _take_latents(self) -> None:
+        """Quantise and decode what was encoded, up to where the next segment starts.
+
+        A segment rests on the frames up to its start, even when later ones are already here.
+        """
+        while not self.done:
+            end = self._policy.latent_end(self._config.horizon.points[self.emitted + 1])
+            taken = self._taken
+            clip = self._policy.tables.schedule.clips[len(self._clips)]
+            # Features are needed of the last frames in front of a segment only, so the others are decoded apart.
+            tail = max(0, end - self._context_latents)
+            borders = [border for border in (1, clip.frame_slice.stop, tail, end) if border > taken]
+            count = min([*(border - taken for border in borders), len(self._latents)]) if taken < end else 0
+            if count == 0:
+                return
+            self._take(count, with_tokens=taken >= tail)
+
+    def _take(self, count: int, *, with_tokens: bool) -> None:
+        schedule = self._policy.tables.schedule
+        clip = schedule.clips[len(self._clips)]
+        scales = schedule.scales_referred_to(clip.index)
+        with self._clock("quantiser"):
+            part = quantise(np.stack(self._latents[:count], 1), clip, self._config.world_model, scales=scales)
+        with self._clock("vae_decoder"):
+            features, decoder_state = self._decoder.decode(part.codes)
+        tokens = self._context_tokens
+        if with_tokens:
+            with self._clock("action_decoder"):
+                new = self._policy.tokens(features)
+                tokens = np.concatenate([tokens, new])[-self._config.action_decoder.left_context :]
+        # Everything was computed, so everything is taken over.
+        del self._latents[:count]
+        self._parts.append(part)
+        self._decoder.go_on_from(decoder_state)
+        self._context_tokens = tokens
+        if sum(part.codes.shape[1] for part in self._parts) == clip.frames:
+            observed = join_parts(self._parts)
+            self._clips.append(observed)
+            self._parts.clear()
+            self._driver.observe(observed)
+
+    @property
+    def _taken(self) -> int:
+        """Latent frames that were quantised and decoded."""
+        whole = self._policy.tables.schedule.clips[len(self._clips)].first_frame
+        return whole + sum(part.codes.shape[1] for part in self._parts)
+
+    @property
+    def _context_latents(self) -> int:
+        """Latent frames that hold the context frames of a segment."""
+        return -(-self._config.action_decoder.left_context // self._config.video_vae.temporal_stride)
+
+    def _emit_segment(self, segment: int, budget_s: float | None, should_stop: Callable[[], bool]) -> ActionChunk:
+        start = time.perf_counter()
+        made, reason = self._speculator.take(segment, seed=self._seed, profile=self.profile, clips=self._clips)
+        was_ready = made is not None
+        if made is None:
+            made, reason = self._generated(segment, budget_s, should_stop, start)
+        self.emitted, self.last_prediction = segment, made.clips
+        self.last_segment_s = time.perf_counter() - start
+        self._speculator.follow(made)
+        if self.done:
+            self._free_what_follows_would_need()
+        return ActionChunk(
+            segment=segment,
+            actions=made.actions,
+            observed_frames=self.frames,
+            seed=self._seed,
+            profile=made.profile.name,
+            profile_reason=reason,
+            was_ready=was_ready,
+            timings_ms=self._clock.take(),
+        )
+
+    def _generated(
+        self, segment: int, budget_s: float | None, should_stop: Callable[[], bool], start: float
+    ) -> tuple[GeneratedSegment, str]:
+        """The segment from the frames that were observed, and why with that profile."""
+        profile, reason, chooser = self.profile, "", self._policy.chooser
+        if budget_s is not None and chooser is not None:
+            choice = chooser.choose(profile, segment, budget_s)
+            profile, reason = choice.profile, choice.reason
+        self._prepare_text()
+        basis = Basis(driver=self._driver, decoder=self._decoder, context_tokens=self._context_tokens)
+        steps = generate_segment(
+            self._policy,
+            basis,
+            segment,
+            seed=self._seed,
+            profile=profile,
+            record=self._record or self._speculator.is_on,
+            clock=self._clock,
+        )
+        made = run_to_end(steps, should_stop)
+        if chooser is not None:
+            chooser.add(profile, segment, time.perf_counter() - start)
+        return made, reason
+
+    def _prepare_text(self) -> None:
+        if self._driver.has_text:
+            return
+        with self._clock("text_encoder"):
+            known = self._policy.texts.get(self._prompt, self._negative_prompt)
+            if known is not None:
+                self._driver.take_text(known)
+                return
+            entries = self._driver.set_text(self._policy.encode_text(self._prompt, self._negative_prompt))
+            self._policy.texts.put(self._prompt, self._negative_prompt, entries)

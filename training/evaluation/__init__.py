@@ -1,0 +1,1 @@
+"""Evaluation: closed-loop flights in the simulator, their metrics, tables and pictures."""

@@ -1,0 +1,1 @@
+"""Training stages: data of flights, losses and loops of every model."""
