@@ -1,0 +1,1 @@
+"""Data of flights: readers, conversions, caches and checks."""
