@@ -8,7 +8,7 @@ SHELL := bash
 
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := cpu,serve,otel,export,tensorrt-rtx,train,sim,dev
+EXTRAS := cpu,serve,otel,export,tensorrt-rtx,train,data,sim,dds,dev
 # Options for every `pip install`, for instance another package index.
 PIP_ARGS ?=
 # The first interpreter that starts and is new enough; a version manager's shim may be there and not start.
@@ -101,7 +101,7 @@ lint: setup ## Check style, types and the rule between rooms.
 	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel . >build/log 2>&1 || { cat build/log; exit 1; }
 	$(BIN)/python -m pip install -qq --no-deps --no-index --target build/lint build/wheel/*.whl
 	cd build/lint && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
-		worldvln_edge/*.py worldvln_edge/runtime
+		worldvln_edge/*.py worldvln_edge/runtime worldvln_edge/ros_bridge
 	cd build/lint && ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache --no-logo
 
 clean: ## Remove what can be made again, except .venv and runs.

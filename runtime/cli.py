@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from worldvln_edge.command_options import (
+    also_option,
+    backend_option,
+    key_file_option,
+    own_profiles_option,
+    threads_option,
+)
 from worldvln_edge.runtime.doors.zmq_option import zmq_config, zmq_options
-from worldvln_edge.runtime.engines.backend_option import backend_option
-from worldvln_edge.runtime.profile_options import also_option, own_profiles_option
 
 if TYPE_CHECKING:
     from worldvln_edge.runtime.doors.server_log import LogFormat
@@ -61,11 +66,7 @@ def _read_address(context: click.Context, parameter: click.Parameter, value: str
     help="HTTP API: a prompt with exactly one image starts its session afresh, as the research service does.",
 )
 @zmq_options
-@click.option(
-    "--key-file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="API keys, one a line; clients send one of them.",
-)
+@key_file_option("clients send one of them")
 @click.option(
     "--tls-cert",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -85,7 +86,7 @@ def _read_address(context: click.Context, parameter: click.Parameter, value: str
 )
 @click.option("--allow-remote", is_flag=True, help="Listen beyond this machine without a key.")
 @backend_option
-@click.option("--threads", type=click.IntRange(min=0), default=0, show_default=True, help="CPU threads; 0: all cores.")
+@threads_option()
 @click.option(
     "--session-memory-mb",
     type=click.FloatRange(min=0),
@@ -105,6 +106,14 @@ def _read_address(context: click.Context, parameter: click.Parameter, value: str
     "envelope_file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="JSON file with the limits of what may be flown (docs/operations.md); beyond them the answer is a hold.",
+)
+@click.option(
+    "--settled",
+    type=(click.IntRange(min=1), click.FloatRange(min=0, min_open=True), click.FloatRange(min=0, min_open=True)),
+    metavar="STEPS CM DEG",
+    default=(10, 3.0, 1.0),
+    show_default=True,
+    help="When a chained session has settled: so many steps in a row, each shorter than CM and turning less than DEG.",
 )
 @click.option(
     "--journal",
@@ -164,6 +173,7 @@ def serve_command(
     profile: str,
     profile_file: Path | None,
     envelope_file: Path | None,
+    settled: tuple[int, float, float],
     journal_folder: Path | None,
     journal_mb: float,
     also: tuple[Path, ...],
@@ -192,6 +202,7 @@ def serve_command(
     from worldvln_edge.runtime.doors.server_log import configure_log
     from worldvln_edge.runtime.doors.tls import context_of_options
     from worldvln_edge.runtime.doors.zmq_config import check_endpoints
+    from worldvln_edge.runtime.sessions.chained_session import SettledRule
     from worldvln_edge.runtime.sessions.envelope import read_envelope
     from worldvln_edge.runtime.sessions.session_journal import SessionJournal
     from worldvln_edge.runtime.sessions.tracing import open_tracing
@@ -239,6 +250,7 @@ def serve_command(
             limits=Limits(max_requests_per_s=max_requests_per_s),
             session_memory_bytes=None if session_memory_mb is None else round(session_memory_mb * 1e6),
             envelope=envelope,
+            settled=SettledRule(steps=settled[0], cm=settled[1], deg=settled[2]),
             journal=journal,
             meters=meters,
             on_ready=lambda url: click.echo(f"{policy.info.name} is ready at {url}", err=True),

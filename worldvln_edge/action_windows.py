@@ -35,6 +35,25 @@ class LabelStats(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"label statistics: {name} must be 3 finite numbers{above}, found {numbers}")
             msgspec.structs.force_setattr(self, name, numbers)
 
+    @classmethod
+    def of_labels(cls, deltas_M6: np.ndarray) -> "LabelStats":
+        """Mean and population deviation of labels, deviation at least 1e-6 (spec/training.md 4.1).
+
+        Args:
+            deltas_M6: labels of real motions (no rows for first frames), rad and m.
+        """
+        rows = np.asarray(deltas_M6, np.float64)
+        mean, std = rows.mean(0), np.maximum(rows.std(0), 1e-6)
+        return cls(mean_angles=tuple(mean[:3]), std_angles=tuple(std[:3]), mean_t=tuple(mean[3:]), std_t=tuple(std[3:]))
+
+    def normalise(self, deltas: np.ndarray) -> np.ndarray:
+        """Labels [..., 6] in units of their deviation, float32."""
+        return (np.asarray(deltas, np.float32) - self.mean) / self.std
+
+    def denormalise(self, values: np.ndarray) -> np.ndarray:
+        """The inverse of `normalise`: rad and m."""
+        return np.asarray(values, np.float32) * self.std + self.mean
+
     @property
     def mean(self) -> np.ndarray:
         return np.array(self.mean_angles + self.mean_t, np.float32)
@@ -66,14 +85,15 @@ def window_starts(frames: int, window: int, stride: int = 1) -> list[int]:
 
 
 def average_windows(window_deltas: np.ndarray, starts: list[int], frames: int) -> np.ndarray:
-    """Mean of all window predictions of a motion: float32 [frames, 6]; row t is the motion from frame t-1 to t.
+    """Mean of all window predictions of a motion: [frames, 6]; row t is the motion from frame t-1 to t.
 
     Args:
-        window_deltas: [K, window-1, 6], de-normalised.
+        window_deltas: [K, window-1, 6], de-normalised; float64 is averaged in float64, anything else in float32.
         starts: first frame (0-based) of each window.
         frames: number of frames; row 0 stays zero.
     """
-    total, count = np.zeros((frames, 6), np.float32), np.zeros((frames, 1), np.float32)
+    precision = np.result_type(window_deltas.dtype, np.float32)
+    total, count = np.zeros((frames, 6), precision), np.zeros((frames, 1), precision)
     for start, deltas in zip(starts, window_deltas, strict=True):
         total[start + 1 : start + 1 + len(deltas)] += deltas
         count[start + 1 : start + 1 + len(deltas)] += 1
@@ -105,6 +125,6 @@ def segment_actions(
     frames = next_observed_frames - first + 1
     deltas = np.asarray(logits, np.float32).reshape(len(logits), window - 1, 6)
     if stats is not None:
-        deltas = deltas * stats.std + stats.mean
+        deltas = stats.denormalise(deltas)
     motion = average_windows(deltas, window_starts(frames, window, stride), frames)
     return deltas_to_actions(motion[observed_frames - first + 1 :])

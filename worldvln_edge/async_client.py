@@ -13,22 +13,20 @@ import asyncio
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from worldvln_edge.async_connection import AsyncServerConnection
+from worldvln_edge.client_config import ClientConfig, ClientOptions
 from worldvln_edge.client_errors import AnswerTimeoutError, ServerAddressError, ServerError, ServerUnreachableError
-from worldvln_edge.client_flight import REPORTED, ActionAnswer, Close, Exchange, Flight, FrameFormat, Open, Step, Steps
-from worldvln_edge.conversation import ConnectionConfig
-from worldvln_edge.protocol import Actions, Encoding, Ping, Pong, Request, SessionState, Welcome
-from worldvln_edge.server_address import server_url
-from worldvln_edge.tls_trust import TrustFileError, client_context
+from worldvln_edge.client_flight import REPORTED, ActionAnswer, Close, Exchange, Flight, Open, Step, Steps
+from worldvln_edge.protocol import Actions, Ping, Pong, Request, SessionState, Welcome
+from worldvln_edge.tls_trust import TrustFileError
 
 if TYPE_CHECKING:
-    from worldvln_edge.curve_keys import CurveClientKeys  # needs pyzmq
+    from typing_extensions import Unpack  # in `typing` from Python 3.11 on
 
 __all__ = [
     "ActionAnswer",
@@ -45,41 +43,16 @@ class AsyncSessionClient:
     """One connection, one session at a time; calls made at once wait for each other. Lives on one event loop.
 
     Args:
-        url, key, curve, ca_file, encoding, frame_format, jpeg_quality, connect_timeout_s, answer_timeout_s,
-            reconnect_s, proxy: as for `SessionClient`.
+        url, key, options: as for `SessionClient`.
 
     Raises:
-        ServerAddressError: the URL is no server's address.
-        TrustFileError: as for `SessionClient`.
+        ServerAddressError, TrustFileError, ValueError: as for `SessionClient`.
     """
 
-    def __init__(
-        self,
-        url: str,
-        key: str | None = None,
-        *,
-        curve: CurveClientKeys | None = None,
-        ca_file: Path | str | None = None,
-        encoding: Encoding = "msgpack",
-        frame_format: FrameFormat = "jpeg",
-        jpeg_quality: int = 90,
-        connect_timeout_s: float = 10.0,
-        answer_timeout_s: float = 600.0,
-        reconnect_s: float = 30.0,
-        proxy: str | None = None,
-    ):
-        self.url = server_url(url)
-        self._config = ConnectionConfig(
-            url=self.url,
-            key=key,
-            curve=curve,
-            tls=client_context(self.url, ca_file),
-            encoding=encoding,
-            connect_timeout_s=connect_timeout_s,
-            answer_timeout_s=answer_timeout_s,
-            proxy=proxy,
-        )
-        self._flight = Flight(self.url, frame_format=frame_format, jpeg_quality=jpeg_quality, reconnect_s=reconnect_s)
+    def __init__(self, url: str, key: str | None = None, **options: Unpack[ClientOptions]):
+        self._config = ClientConfig(url=url, key=key, **options)
+        self.url = self._config.url
+        self._flight = Flight(self._config)
         self._connection: AsyncServerConnection | None = None
         self._turn = asyncio.Lock()
 

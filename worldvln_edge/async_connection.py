@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
+from worldvln_edge.client_config import ClientConfig
 from worldvln_edge.client_errors import (
     AnswerTimeoutError,
     ConnectionLostError,
@@ -15,7 +16,7 @@ from worldvln_edge.client_errors import (
     ServerError,
     ServerUnreachableError,
 )
-from worldvln_edge.conversation import FULL_OR_STARTING, A, Call, ConnectionConfig, Conversation
+from worldvln_edge.conversation import FULL_OR_STARTING, A, Call, Conversation
 from worldvln_edge.protocol import Encoding, Request, Welcome
 from worldvln_edge.server_address import is_zmq
 from worldvln_edge.websocket_transport import AsyncWebSocketTransport
@@ -40,13 +41,13 @@ class AsyncServerConnection:
 
     welcome: Welcome
 
-    def __init__(self, config: ConnectionConfig):
+    def __init__(self, config: ClientConfig):
         self._config = config
         self._conversation = Conversation(config.encoding)
         self._transport = _transport(config)
 
     @classmethod
-    async def connect(cls, config: ConnectionConfig) -> AsyncServerConnection:
+    async def connect(cls, config: ClientConfig) -> AsyncServerConnection:
         """An open connection that has said hello. Raises what ServerConnection raises when it is opened."""
         connection = cls(config)
         try:
@@ -86,7 +87,7 @@ class AsyncServerConnection:
                 return answer
 
 
-def _transport(config: ConnectionConfig) -> AsyncTransport:
+def _transport(config: ClientConfig) -> AsyncTransport:
     if not is_zmq(config.url):
         return AsyncWebSocketTransport(config)
     try:

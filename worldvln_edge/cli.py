@@ -55,13 +55,15 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         "Time a bundle's profiles, so that deadlines can choose.",
     ),
     "fly": Subcommand("worldvln_edge.training.cli:fly_command", "sim", "Fly tasks in the simulator against a server."),
-    "eval": Subcommand("worldvln_edge.training.cli:eval_command", "sim", "Fly a set of tasks and report the metrics."),
+    "eval": Subcommand(
+        "worldvln_edge.training.evaluation.eval_cli:eval_command", "sim", "Fly a set of tasks and report the metrics."
+    ),
     "profiles": Subcommand(
         "worldvln_edge.training.evaluation.profiles_cli:profiles_command",
         "cpu,sim",
         "Measure what profiles save and cost.",
     ),
-    "train": Subcommand("worldvln_edge.training.cli:train_command", "train", "Train the models, stage by stage."),
+    "train": Subcommand("worldvln_edge.training.train_cli:train", "train", "Train the models, stage by stage."),
     "missions": Subcommand(
         "worldvln_edge.training.evaluation.missions_cli:missions_command",
         "cpu,sim",
@@ -72,7 +74,11 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         "cpu,sim",
         "Measure segments that are generated ahead.",
     ),
+    "data": Subcommand(
+        "worldvln_edge.training.data.cli:data", "data,train", "Look into training data, check it, convert it."
+    ),
     "sim": Subcommand("worldvln_edge.training.sim.cli:sim", "sim", "Run and inspect the simulator."),
+    "ros": Subcommand("worldvln_edge.ros_bridge.cli:ros", "dds", "Fly a robot by its topics (ROS 2 over DDS)."),
     "demo": Subcommand(
         "worldvln_edge.training.cli:demo_command", "sim", "Export the packaged model, serve it, and fly held-out tasks."
     ),
@@ -82,12 +88,15 @@ _EXTRA_OF_MODULE = {
     "mujoco": "sim",
     "av": "sim",
     "matplotlib": "sim",
+    "pyarrow": "data",
+    "tensorboardX": "train",
     "onnxruntime": "cpu",
     "tokenizers": "cpu",
     "starlette": "serve",
     "uvicorn": "serve",
     "prometheus_client": "serve",
     "zmq": "zmq",
+    "cyclonedds": "dds",
     "opentelemetry": "otel",
     "onnx": "export",
     "onnxscript": "export",

@@ -16,22 +16,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from worldvln_edge.client_config import ClientConfig, ClientOptions
 from worldvln_edge.client_errors import AnswerTimeoutError, ServerAddressError, ServerError, ServerUnreachableError
-from worldvln_edge.client_flight import REPORTED, ActionAnswer, Close, Exchange, Flight, FrameFormat, Open, Step, Steps
+from worldvln_edge.client_flight import REPORTED, ActionAnswer, Close, Exchange, Flight, Open, Step, Steps
 from worldvln_edge.connection import ServerConnection
-from worldvln_edge.conversation import ConnectionConfig
-from worldvln_edge.protocol import Actions, Encoding, Ping, Pong, Request, SessionState, Welcome
-from worldvln_edge.server_address import server_url
-from worldvln_edge.tls_trust import TrustFileError, client_context
+from worldvln_edge.protocol import Actions, Ping, Pong, Request, SessionState, Welcome
+from worldvln_edge.tls_trust import TrustFileError
 
 if TYPE_CHECKING:
-    from worldvln_edge.curve_keys import CurveClientKeys  # needs pyzmq
+    from typing_extensions import Unpack  # in `typing` from Python 3.11 on
 
 __all__ = [
     "ActionAnswer",
@@ -48,51 +46,19 @@ class SessionClient:
     """One connection, one session at a time. Not thread-safe.
 
     Args:
-        url: `ws://host:port`, `wss://...` or `host:port` (without a path, the native protocol's is used);
-            `tcp://host:port` or `ipc:///path` for ZeroMQ.
+        url: `ws://host:port`, `wss://host:port`, `tcp://host:port` or `ipc:///path`.
         key: API key.
-        curve: CURVE keys, for a ZeroMQ server that has them.
-        ca_file: PEM file with the authorities to trust behind wss://; None: those of this system.
-        encoding: how messages are written; msgpack is smaller and faster.
-        frame_format: how arrays are sent: `jpeg` (small) or `rgb8` (exact, 3 bytes a pixel).
-        jpeg_quality: 1..95.
-        connect_timeout_s: for one attempt.
-        answer_timeout_s: longest wait for one answer.
-        reconnect_s: how long to try again after a lost connection; 0 does not try.
-        proxy: URL of an HTTP or SOCKS proxy (WebSocket); None connects directly, whatever the environment says.
+        options: the other attributes of `client_config.ClientConfig`, by name: `curve`, `ca_file`, `encoding`,
+            `frame_format`, time-outs, ...
 
     Raises:
-        ServerAddressError: the URL is none of these.
-        TrustFileError: `ca_file` cannot be read, or the URL is not wss://.
+        ServerAddressError, TrustFileError, ValueError: see `ClientConfig`.
     """
 
-    def __init__(
-        self,
-        url: str,
-        key: str | None = None,
-        *,
-        curve: CurveClientKeys | None = None,
-        ca_file: Path | str | None = None,
-        encoding: Encoding = "msgpack",
-        frame_format: FrameFormat = "jpeg",
-        jpeg_quality: int = 90,
-        connect_timeout_s: float = 10.0,
-        answer_timeout_s: float = 600.0,
-        reconnect_s: float = 30.0,
-        proxy: str | None = None,
-    ):
-        self.url = server_url(url)
-        self._config = ConnectionConfig(
-            url=self.url,
-            key=key,
-            curve=curve,
-            tls=client_context(self.url, ca_file),
-            encoding=encoding,
-            connect_timeout_s=connect_timeout_s,
-            answer_timeout_s=answer_timeout_s,
-            proxy=proxy,
-        )
-        self._flight = Flight(self.url, frame_format=frame_format, jpeg_quality=jpeg_quality, reconnect_s=reconnect_s)
+    def __init__(self, url: str, key: str | None = None, **options: Unpack[ClientOptions]):
+        self._config = ClientConfig(url=url, key=key, **options)
+        self.url = self._config.url
+        self._flight = Flight(self._config)
         self._connection: ServerConnection | None = None
 
     @property

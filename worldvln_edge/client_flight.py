@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from worldvln_edge.client_config import ClientConfig
 from worldvln_edge.client_errors import (
     AnswerTimeoutError,
     ConnectionLostError,
@@ -27,7 +28,6 @@ from worldvln_edge.client_errors import (
 from worldvln_edge.images import check_rgb
 from worldvln_edge.protocol import UNSET, Actions, End, Observe, Request, SessionState, StageTimes, Start
 
-FrameFormat = Literal["jpeg", "rgb8"]
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 
 
@@ -107,19 +107,12 @@ class _Patience:
 
 
 class Flight:
-    """One session as its client sees it.
+    """One session as its client sees it."""
 
-    Args:
-        url: of the server, for messages.
-        frame_format, jpeg_quality: how arrays are sent.
-        reconnect_s: how long to try again after a lost connection; 0 does not try.
-    """
-
-    def __init__(self, url: str, *, frame_format: FrameFormat, jpeg_quality: int, reconnect_s: float):
-        self.url = url
+    def __init__(self, config: ClientConfig):
+        self._config = config
         self.session: str | None = None
         self.frames, self.emitted, self.is_done = 0, -1, False
-        self._frame_format, self._jpeg_quality, self._reconnect_s = frame_format, jpeg_quality, reconnect_s
 
     def start_request(
         self,
@@ -223,7 +216,7 @@ class Flight:
         Raises:
             AnswerTimeoutError, ServerError, ServerUnreachableError.
         """
-        patience = _Patience(self._reconnect_s)
+        patience = _Patience(self._config.reconnect_s)
         while True:
             try:
                 if not is_open:
@@ -243,7 +236,7 @@ class Flight:
                 yield Close()
                 is_open = False
                 if not patience.allows_another():
-                    raise ServerUnreachableError(self.url, lost) from lost
+                    raise ServerUnreachableError(self._config.url, lost) from lost
             yield Pause(patience.pause_s())
 
     def _require_session(self) -> str:
@@ -254,7 +247,7 @@ class Flight:
     def _encode_frames(self, frames: Sequence[np.ndarray | bytes]) -> tuple[list[bytes], tuple[int, int] | None]:
         """Images of one message, and (H, W) if they are raw rgb8."""
         arrays = [check_rgb(frame) for frame in frames if not isinstance(frame, bytes)]
-        if self._frame_format == "jpeg" or not arrays:
+        if self._config.frame_format == "jpeg" or not arrays:
             return [frame if isinstance(frame, bytes) else self._jpeg(frame) for frame in frames], None
         if len(arrays) < len(frames) or len({array.shape for array in arrays}) > 1:
             raise ValueError("with frame_format='rgb8' all frames of a call must be arrays of one size")
@@ -262,5 +255,5 @@ class Flight:
 
     def _jpeg(self, image_HW3: np.ndarray) -> bytes:
         buffer = io.BytesIO()
-        Image.fromarray(image_HW3).save(buffer, "JPEG", quality=self._jpeg_quality)
+        Image.fromarray(image_HW3).save(buffer, "JPEG", quality=self._config.jpeg_quality)
         return buffer.getvalue()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
+from worldvln_edge.client_config import ClientConfig
 from worldvln_edge.client_errors import (
     AnswerTimeoutError,
     ConnectionLostError,
@@ -15,7 +16,7 @@ from worldvln_edge.client_errors import (
     ServerError,
     ServerUnreachableError,
 )
-from worldvln_edge.conversation import FULL_OR_STARTING, A, Call, ConnectionConfig, Conversation
+from worldvln_edge.conversation import FULL_OR_STARTING, A, Call, Conversation
 from worldvln_edge.protocol import Encoding, Request, Welcome
 from worldvln_edge.server_address import is_zmq
 from worldvln_edge.websocket_transport import WebSocketTransport
@@ -43,7 +44,7 @@ class ServerConnection:
         MissingTransportError: the address needs pyzmq.
     """
 
-    def __init__(self, config: ConnectionConfig):
+    def __init__(self, config: ClientConfig):
         self._config = config
         self._conversation = Conversation(config.encoding)
         self._transport = _open_transport(config)
@@ -87,7 +88,7 @@ class ServerConnection:
                 return answer
 
 
-def _open_transport(config: ConnectionConfig) -> Transport:
+def _open_transport(config: ClientConfig) -> Transport:
     if not is_zmq(config.url):
         return WebSocketTransport(config)
     try:

@@ -8,9 +8,7 @@ Source: spec/session_protocol.md 7.1, 7.2, 7.8.
 from __future__ import annotations
 
 import itertools
-import ssl
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 
@@ -30,38 +28,10 @@ from worldvln_edge.protocol import (
 )
 from worldvln_edge.wire import decode_answer, encode
 
-if TYPE_CHECKING:
-    from worldvln_edge.curve_keys import CurveClientKeys  # needs pyzmq
-
 MAX_ANSWER_BYTES = 8 * 2**20
 FULL_OR_STARTING = ("overloaded", "not_ready", "busy")
 """Refusals of hello that mean: nobody serves you here now. The WebSocket door says 503 or 429 in their place."""
 A = TypeVar("A", Welcome, SessionState, Actions, Pong)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConnectionConfig:
-    """How a client reaches its server.
-
-    Attributes:
-        url: as `server_address.server_url` gives it.
-        key: API key.
-        curve: CURVE keys (ZeroMQ).
-        tls: how the server's certificate is checked (wss://).
-        encoding: how messages are written.
-        connect_timeout_s: for opening.
-        answer_timeout_s: longest wait for one answer.
-        proxy: URL of an HTTP or SOCKS proxy (WebSocket); None connects directly, whatever the environment says.
-    """
-
-    url: str
-    key: str | None = None
-    curve: CurveClientKeys | None = None
-    tls: ssl.SSLContext | None = None
-    encoding: Encoding = "msgpack"
-    connect_timeout_s: float = 10.0
-    answer_timeout_s: float = 600.0
-    proxy: str | None = None
 
 
 class Call(Generic[A]):

@@ -5,6 +5,8 @@ Source: spec/session_protocol.md 7 (transports), 7.6.
 
 from __future__ import annotations
 
+import asyncio
+import socket as network
 import ssl
 from contextlib import AsyncExitStack, ExitStack
 from typing import Any
@@ -14,11 +16,13 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMes
 from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
+from worldvln_edge.client_config import ClientConfig
 from worldvln_edge.client_errors import ConnectionLostError, ServerError, ServerUnreachableError
-from worldvln_edge.conversation import MAX_ANSWER_BYTES, ConnectionConfig
+from worldvln_edge.conversation import MAX_ANSWER_BYTES
 from worldvln_edge.protocol import ERRORS, WEBSOCKET_SUBPROTOCOL, Encoding, Error, ProtocolError
 
 _MESSAGE_TOO_BIG = 1009
+_GOODBYE_S = 1.0  # how long a closing connection waits for the server's close frame, which a dead link never brings
 _OPENING_FAILED = (OSError, InvalidHandshake, EOFError)
 
 
@@ -27,11 +31,13 @@ class WebSocketTransport:
 
     hello_key: str | None = None  # the key is in the upgrade request
 
-    def __init__(self, config: ConnectionConfig):
+    def __init__(self, config: ClientConfig):
         self._open = ExitStack()  # recent websockets connect as a context manager only
         try:
             self._socket = self._open.enter_context(connect(config.url, **_options(config)))
+            _bound_sending(self._socket.socket.fileno(), config.silent_for_s)
         except _OPENING_FAILED as error:
+            self._open.close()
             raise _opening_error(config.url, error) from error
 
     def send(self, data: bytes, encoding: Encoding) -> None:
@@ -57,7 +63,7 @@ class AsyncWebSocketTransport:
 
     hello_key: str | None = None
 
-    def __init__(self, config: ConnectionConfig):
+    def __init__(self, config: ClientConfig):
         self._config = config
         self._stack = AsyncExitStack()
         self._socket: Any = None
@@ -67,6 +73,7 @@ class AsyncWebSocketTransport:
         config = self._config
         try:
             self._socket = await self._stack.enter_async_context(connect_async(config.url, **_options(config)))
+            _bound_sending(self._socket.transport.get_extra_info("socket").fileno(), config.silent_for_s)
         except _OPENING_FAILED as error:
             raise _opening_error(config.url, error) from error
 
@@ -83,19 +90,36 @@ class AsyncWebSocketTransport:
             raise _closed_error(lost) from lost
 
     async def close(self) -> None:
-        await self._stack.aclose()
+        try:
+            await asyncio.wait_for(self._stack.aclose(), 2 * _GOODBYE_S)
+        except asyncio.TimeoutError:  # its close frame waits behind a message that does not go out
+            self._socket.transport.abort()
 
 
-def _options(config: ConnectionConfig) -> dict[str, Any]:
+def _options(config: ClientConfig) -> dict[str, Any]:
     options: dict[str, Any] = {
         "additional_headers": {} if config.key is None else {"Authorization": f"Api-Key {config.key}"},
         "subprotocols": [Subprotocol(WEBSOCKET_SUBPROTOCOL)],
         "compression": None,
         "open_timeout": config.connect_timeout_s,
+        "ping_interval": config.heartbeat_s,
+        "ping_timeout": config.silent_for_s,
+        "close_timeout": _GOODBYE_S,
         "max_size": MAX_ANSWER_BYTES,
         "proxy": config.proxy,
     }
     return options if config.tls is None else options | {"ssl": config.tls}
+
+
+def _bound_sending(file_descriptor: int, silent_for_s: float) -> None:
+    """Let the system end a connection that takes no byte for so long; where it cannot, its own limits count.
+
+    Without it a message that fills all buffers is waited for, and heartbeats wait behind it.
+    """
+    user_timeout = getattr(network, "TCP_USER_TIMEOUT", None)  # Linux
+    if user_timeout is not None:
+        with network.socket(fileno=network.dup(file_descriptor)) as twin:  # TLS inside TLS shows its descriptor only
+            twin.setsockopt(network.IPPROTO_TCP, user_timeout, max(1, round(silent_for_s * 1e3)))
 
 
 def _message(data: str | bytes) -> tuple[bytes, Encoding]:
@@ -124,7 +148,8 @@ def _opening_error(url: str, error: Exception) -> ServerError | ServerUnreachabl
 def _reason(url: str, error: Exception) -> str:
     """Why no connection was opened; where one side speaks TLS and the other does not, what to change."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted: {error.verify_message}; ca_file says whom to trust"
+        trust = "ca_file says whom to trust (on a command line, --ca-file)"
+        return f"its certificate is not trusted: {error.verify_message}; {trust}"
     if isinstance(error, ssl.SSLError):
         return f"no TLS there: {error.reason or error}; a server without --tls-cert is reached at ws://"
     text = str(error) or type(error).__name__

@@ -68,5 +68,52 @@ def step_macs(config: ModelConfig, *, rows: int, thw: tuple[int, int, int], visi
     return MultiplyAdds(weights=weights, attention=_attention(model, rows, tokens, visible, model.depth))
 
 
+@dataclass(frozen=True, kw_only=True)
+class SequenceTokens:
+    """Tokens of a training batch, padding left out."""
+
+    semantic: int
+    """Visual tokens of semantic scales."""
+    detail: int
+    """Visual tokens of detail scales."""
+    text: int
+    pairs: int
+    """(query, key) pairs that see each other."""
+
+
+def sequence_macs(model: WorldModelConfig, tokens: SequenceTokens) -> MultiplyAdds:
+    """One forward pass over whole sequences: embeddings, blocks, heads (spec/training.md 2.3, 2.6)."""
+    visual = tokens.semantic + tokens.detail
+    embeddings = model.width * (visual * model.latent_channels + tokens.text * model.text_channels)
+    blocks = model.depth * (visual + tokens.text) * block_matrices(model)
+    heads = 2 * model.width * (tokens.semantic * model.semantic_bits + tokens.detail * model.detail_bits)
+    return MultiplyAdds(
+        weights=embeddings + blocks + heads, attention=_attention(model, 1, 1, tokens.pairs, model.depth)
+    )
+
+
+def training_flops(
+    model: WorldModelConfig, tokens: SequenceTokens, *, frozen_blocks: int = 0, has_frozen_weights: bool = False
+) -> int:
+    """FLOP of forward and backward, without what checkpointing computes again and without the text encoder.
+
+    A product with weights costs as much again for the gradient of its input and once more for that of its weights.
+
+    Args:
+        model: sizes.
+        tokens: of the batch.
+        frozen_blocks: first blocks that have no backward pass, embeddings with them.
+        has_frozen_weights: gradients pass through, but the weights get none (adapters, which are not counted).
+    """
+    forward = sequence_macs(model, tokens)
+    total = (2 if has_frozen_weights else 3) * forward.weights + 3 * forward.attention
+    if frozen_blocks:
+        visual = tokens.semantic + tokens.detail
+        embeddings = model.width * (visual * model.latent_channels + tokens.text * model.text_channels)
+        blocks = frozen_blocks * (visual + tokens.text) * block_matrices(model)
+        total -= 2 * (embeddings + blocks + _attention(model, 1, 1, tokens.pairs, frozen_blocks))
+    return 2 * total
+
+
 def _attention(model: WorldModelConfig, rows: int, tokens: int, visible: int, layers: int) -> int:
     return layers * 2 * rows * tokens * visible * model.width

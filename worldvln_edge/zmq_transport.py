@@ -19,11 +19,11 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
+from worldvln_edge.client_config import ClientConfig
 from worldvln_edge.client_errors import ConnectionLostError, ServerError, ServerUnreachableError
-from worldvln_edge.conversation import MAX_ANSWER_BYTES, ConnectionConfig
+from worldvln_edge.conversation import MAX_ANSWER_BYTES
 from worldvln_edge.protocol import Encoding, Error
 
-HEARTBEAT_EVERY_MS, SILENT_FOR_MS = 5_000, 15_000
 _GOODBYE_MS = 500  # how long a closing socket may go on sending what is queued, such as `end`
 _WATCHED = (
     zmq.Event.CLOSED
@@ -38,7 +38,7 @@ _WATCHED = (
 class ZmqTransport:
     """Raises when opened: ServerUnreachableError; ServerError `unauthorized` (CURVE)."""
 
-    def __init__(self, config: ConnectionConfig):
+    def __init__(self, config: ClientConfig):
         self.hello_key = config.key
         self._url = config.url
         self._context = zmq.Context()
@@ -51,7 +51,7 @@ class ZmqTransport:
             self.close()
             raise
 
-    def _connect(self, config: ConnectionConfig) -> None:
+    def _connect(self, config: ClientConfig) -> None:
         give_up_s = time.monotonic() + config.connect_timeout_s
         _start_connecting(self._socket, config.url)
         is_open = False
@@ -95,7 +95,7 @@ class ZmqTransport:
 class AsyncZmqTransport:
     """ZmqTransport on an event loop."""
 
-    def __init__(self, config: ConnectionConfig):
+    def __init__(self, config: ClientConfig):
         self.hello_key = config.key
         self._config = config
         self._context = zmq.asyncio.Context()
@@ -156,15 +156,21 @@ def _ms_until(monotonic_s: float) -> int:
     return max(0, math.ceil((monotonic_s - time.monotonic()) * 1e3))
 
 
-def _prepare(socket: Any, config: ConnectionConfig) -> Any:
+def _ms(seconds: float) -> int:
+    """For an option of which 0 means never."""
+    return max(1, round(seconds * 1e3))
+
+
+def _prepare(socket: Any, config: ClientConfig) -> Any:
     """Set the socket's options; returns its monitor."""
     socket.setsockopt(zmq.LINGER, 0)  # what a broken connection has not sent must not be waited for at the close
     socket.setsockopt(zmq.RECONNECT_IVL, -1)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_ANSWER_BYTES)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_EVERY_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENT_FOR_MS)
-    socket.setsockopt(zmq.HANDSHAKE_IVL, max(1, round(config.connect_timeout_s * 1e3)))
-    socket.setsockopt(zmq.CONNECT_TIMEOUT, max(1, round(config.connect_timeout_s * 1e3)))
+    socket.setsockopt(zmq.HEARTBEAT_IVL, _ms(config.heartbeat_s))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _ms(config.silent_for_s))
+    socket.setsockopt(zmq.TCP_MAXRT, _ms(config.silent_for_s))  # heartbeats wait behind a message that is stuck
+    socket.setsockopt(zmq.HANDSHAKE_IVL, _ms(config.connect_timeout_s))
+    socket.setsockopt(zmq.CONNECT_TIMEOUT, _ms(config.connect_timeout_s))
     if config.url.startswith("tcp://["):
         socket.setsockopt(zmq.IPV6, 1)
     if config.curve is not None:

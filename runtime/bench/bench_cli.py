@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from worldvln_edge.runtime.engines.backend_option import backend_option
+from worldvln_edge.command_options import backend_option, json_option, seed_option, threads_option
 
 if TYPE_CHECKING:
     import msgspec
 
     from worldvln_edge.runtime.bench.bench_flight import BenchConfig
     from worldvln_edge.runtime.bench.bench_plot import Bar
-    from worldvln_edge.runtime.bench.bench_table import Part
+    from worldvln_edge.runtime.bench.report_table import Part
     from worldvln_edge.runtime.engines.backends import BackendName
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -52,7 +52,7 @@ def parse_frame_size(text: str) -> tuple[int, int]:
     help="cuda: every graph alone on the GPU, at the shapes of the last segment.",
 )
 @backend_option
-@click.option("--threads", type=click.IntRange(min=0), default=0, show_default=True, help="CPU threads; 0: all cores.")
+@threads_option()
 @click.option(
     "--frame-size",
     "frame_hw",
@@ -62,8 +62,8 @@ def parse_frame_size(text: str) -> tuple[int, int]:
     callback=lambda context, parameter, value: parse_frame_size(value),
     help="Camera frames, before the policy scales them.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the frames and the model.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@seed_option("Of the frames and the model.")
+@json_option()
 @click.option("--markdown", "markdown_file", type=_FILE, help="Write the tables to this file, too.")
 @click.option("--plot", "plot_file", type=_FILE, help="Draw the stages of every segment (PNG).")
 def bench_command(
@@ -92,7 +92,7 @@ def bench_command(
 
     from worldvln_edge.runtime.bench.bench_flight import BenchConfig
     from worldvln_edge.runtime.bench.bench_plot import write_bar_plot
-    from worldvln_edge.runtime.bench.bench_table import render
+    from worldvln_edge.runtime.bench.report_table import render
 
     if device != "cpu" and against is not None:
         raise click.UsageError("--against flies on the CPU; leave out --device cuda")

@@ -2,49 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from worldvln_edge.runtime.bench.bench_comparison import ComparisonReport
 from worldvln_edge.runtime.bench.bench_device import DeviceReport
 from worldvln_edge.runtime.bench.bench_report import BenchReport, Quantiles
+from worldvln_edge.runtime.bench.report_table import Part, Table
 from worldvln_edge.runtime.bench.schedule_agreement import BORDER
-
-
-@dataclass(frozen=True)
-class Table:
-    """A header and rows of texts; the first column is set left, the others right."""
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def text(self) -> str:
-        lines = (self.header, *self.rows)
-        widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if column else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
-
-    def markdown(self) -> str:
-        rule = ("---", *("---:" for _ in self.header[1:]))
-        return "\n".join(f"| {' | '.join(line)} |" for line in (self.header, rule, *self.rows))
-
-
-Part = str | Table
-
-
-def render(parts: Sequence[Part], *, markdown: bool = False) -> str:
-    """Sentences and tables, an empty line between them."""
-    texts = [
-        part if isinstance(part, str) else f"{part.markdown() if markdown else part.text()}" for part in parts if part
-    ]
-    if markdown:
-        texts = [text if text.startswith("|") else text.replace("\n", "  \n") for text in texts]
-    return "\n\n".join(texts)
 
 
 def bench_parts(report: BenchReport) -> list[Part]:

@@ -28,6 +28,8 @@ class HealthProbe:
         self._thread = threading.Thread(target=self._run, name="health-probe", daemon=True)
         self.took_ms: dict[str, list[float]] = {route: [] for route in HEALTH_ROUTES}
         """Route -> milliseconds of every answer, the connection included."""
+        self.asked_s: dict[str, list[float]] = {route: [] for route in HEALTH_ROUTES}
+        """Route -> when each of them was asked for, on the machine's monotonic clock."""
         self.failures: list[str] = []
         """What was not answered with 200 in time, in words."""
 
@@ -49,7 +51,7 @@ class HealthProbe:
 
     def _ask(self, route: str) -> None:
         line = http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)
-        start = time.perf_counter()
+        start_s = time.monotonic()
         try:
             line.request("GET", route)
             answer = line.getresponse()
@@ -62,4 +64,5 @@ class HealthProbe:
         if answer.status != 200:
             self.failures.append(f"{route}: status {answer.status}")
         else:
-            self.took_ms[route].append((time.perf_counter() - start) * 1e3)
+            self.asked_s[route].append(start_s)
+            self.took_ms[route].append((time.monotonic() - start_s) * 1e3)

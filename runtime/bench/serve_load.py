@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -37,7 +37,7 @@ class ServeLoadError(RuntimeError):
 
 
 class RouteTimes(msgspec.Struct, frozen=True, kw_only=True):
-    """Answers of one health route while sessions flew."""
+    """Answers of one health route, those asked for while sessions flew."""
 
     asked: int
     p50_ms: float
@@ -63,6 +63,8 @@ class LoadRow(msgspec.Struct, frozen=True, kw_only=True):
     rss_end_bytes: int
     """After all clients have left."""
     health: dict[str, RouteTimes]
+    health_connecting_ms: float
+    """Slowest answer of all routes while the clients came, all at once; 0 where none was asked for."""
     health_failures: list[str]
 
 
@@ -160,13 +162,27 @@ def _measure(transport: Transport, load: LoadConfig) -> LoadRow:
         rss_start_bytes=start_bytes,
         rss_peak_bytes=peak_bytes,
         rss_end_bytes=end_bytes,
-        health={
-            route: RouteTimes(asked=len(took), p50_ms=float(np.median(took)), max_ms=max(took))
-            for route, took in probe.took_ms.items()
-            if took
-        },
+        health=_route_times(probe, result.connected_s),
+        health_connecting_ms=max(
+            (took_ms for asked_s, took_ms in _all_answers(probe) if asked_s < result.connected_s), default=0.0
+        ),
         health_failures=probe.failures,
     )
+
+
+def _route_times(probe: HealthProbe, since_s: float) -> dict[str, RouteTimes]:
+    found = {}
+    for route, times in probe.took_ms.items():
+        took_ms = [each for asked_s, each in zip(probe.asked_s[route], times, strict=True) if asked_s >= since_s]
+        if took_ms:
+            found[route] = RouteTimes(asked=len(took_ms), p50_ms=float(np.median(took_ms)), max_ms=max(took_ms))
+    return found
+
+
+def _all_answers(probe: HealthProbe) -> Iterator[tuple[float, float]]:
+    """(when it was asked for, milliseconds)."""
+    for route, times in probe.took_ms.items():
+        yield from zip(probe.asked_s[route], times, strict=True)
 
 
 def _run_clients(load: LoadConfig) -> LoadResult:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from worldvln_edge.command_options import json_option
+
 if TYPE_CHECKING:
     from worldvln_edge.runtime.bench.serve_load import LoadRow, Transport
 
@@ -37,7 +39,7 @@ def _read_counts(context: click.Context, parameter: click.Parameter, value: str)
 )
 @click.option("--seconds", type=click.FloatRange(min=0.5), default=10.0, show_default=True, help="Of every line.")
 @click.option("--warm-up", type=click.FloatRange(min=0), default=2.0, show_default=True, help="Seconds before.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@json_option()
 @click.option(
     "--markdown",
     "markdown_file",
@@ -61,7 +63,7 @@ def bench_serve_command(
     # Imported here so that `worldvln-edge bench-serve --help` needs no server.
     import msgspec
 
-    from worldvln_edge.runtime.bench.bench_table import render
+    from worldvln_edge.runtime.bench.report_table import render
     from worldvln_edge.runtime.bench.serve_load import TRANSPORTS, measure_load
     from worldvln_edge.runtime.bench.serve_load_table import serve_load_parts
 

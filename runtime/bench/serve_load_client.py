@@ -39,6 +39,8 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
 class LoadResult(msgspec.Struct, kw_only=True):
     """What it found. Lists have one entry for each answered request of 16 frames, in milliseconds."""
 
+    connected_s: float = 0.0
+    """When all were connected, on the machine's monotonic clock."""
     seconds: float = 0.0
     """From the end of the warm-up to the last answer."""
     total_ms: list[float] = []
@@ -90,6 +92,7 @@ class LoadClients:
                     if task.done():
                         task.result()
                 await asyncio.sleep(0.01)
+            self._result.connected_s = time.monotonic()
             self._begin_s = time.perf_counter() + self._config.warm_up_s
             self._end_s = self._begin_s + self._config.seconds
             self._go.set()

@@ -21,8 +21,8 @@ import msgspec
 
 from worldvln_edge.async_client import AnswerTimeoutError, AsyncSessionClient, ServerError, ServerUnreachableError
 from worldvln_edge.protocol import Limits
-from worldvln_edge.runtime.bench.bench_table import Part
 from worldvln_edge.runtime.bench.null_server import NullServerConfig, NullServerProcess
+from worldvln_edge.runtime.bench.report_table import Part
 from worldvln_edge.runtime.bench.serve_load_client import FRAMES_PER_REQUEST, jpeg_frames
 from worldvln_edge.runtime.bench.soak_log import SegmentSample, SoakLog
 from worldvln_edge.runtime.bench.soak_report import SoakReport, soak_parts, summarise
@@ -59,12 +59,18 @@ class Events(msgspec.Struct, kw_only=True):
     """Flights that went on after their connection was closed."""
 
 
+_WARM = 5
+"""Sessions of each kind that a warm-up has to hold: the first ones allocate what the others use again."""
+
+
 class ServerSoakReport(msgspec.Struct, frozen=True, kw_only=True):
     """What `worldvln-edge soak --server` prints."""
 
     server: SoakReport
     drones: int
     events: Events
+    warm_up: Events
+    """Of them, those before the first measured segment."""
     lost: list[str]
     """Requests that were not answered as they should be, in words."""
     exit_status: int
@@ -74,6 +80,12 @@ class ServerSoakReport(msgspec.Struct, frozen=True, kw_only=True):
     def faults(self) -> list[str]:
         """Why the soak failed; empty when it passed."""
         found = self.server.faults
+        rare = [name for name in self.warm_up.__struct_fields__ if getattr(self.warm_up, name) < _WARM]
+        if rare:
+            found.append(
+                f"the warm-up was too short for a baseline: fewer than {_WARM} sessions were {' or '.join(rare)}; give "
+                "more --warm-up-minutes"
+            )
         if self.lost:
             found.append(f"{len(self.lost)} requests were not answered as they should be, first: {self.lost[0]}")
         if self.exit_status:
@@ -105,6 +117,7 @@ def soak_server(
         server=summarise(NullPolicy().info, drones.log, threads=0),
         drones=config.drones,
         events=drones.events,
+        warm_up=drones.warm_up,
         lost=drones.lost,
         exit_status=exit_status,
     )
@@ -115,8 +128,8 @@ def server_soak_parts(report: ServerSoakReport) -> list[Part]:
     did = report.events
     story = (
         f"{report.drones} drones over WebSocket, ZeroMQ ipc and ZeroMQ tcp, {FRAMES_PER_REQUEST} JPEG frames a "
-        "request; "
-        f"{did.started:,} sessions started, {did.ended:,} ended, {did.left:,} left to expire ({did.expired:,} of them "
+        f"request; {did.started:,} sessions started ({report.warm_up.started:,} of them in the warm-up), "
+        f"{did.ended:,} ended, {did.left:,} left to expire ({did.expired:,} of them "
         f"asked for afterwards), {did.resumed:,} resumed after a closed connection; {len(report.lost)} requests lost"
     )
     return [story, *soak_parts(report.server)[1:]]
@@ -129,7 +142,7 @@ class SoakDrones:
         self._server, self._config, self._on_segment = server, config, on_segment
         self._frames = jpeg_frames(config.frame_hw, seed=config.seed)
         self.log = SoakLog(config.drones * (math.ceil(config.minutes * 60 / config.period_s) + 2))
-        self.events = Events()
+        self.events, self.warm_up = Events(), Events()
         self.lost: list[str] = []
         self._start_s = self._processor_s = 0.0
 
@@ -188,6 +201,8 @@ class SoakDrones:
         processor_s = self._server.processor_s()
         took_s, self._processor_s = processor_s - self._processor_s, processor_s
         if self._elapsed_s >= self._config.warm_up_minutes * 60 and not self._is_over:
+            if not len(self.log):
+                self.warm_up = msgspec.structs.replace(self.events)
             self.log.add(
                 SegmentSample(
                     kind="segment",

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from worldvln_edge.runtime.engines.backend_option import backend_option
+from worldvln_edge.command_options import backend_option, json_option, seed_option, threads_option
 
 if TYPE_CHECKING:
-    from worldvln_edge.runtime.bench.bench_table import Part
+    from worldvln_edge.runtime.bench.report_table import Part
     from worldvln_edge.runtime.bench.server_soak import ServerSoakReport
     from worldvln_edge.runtime.bench.soak_report import SoakReport
     from worldvln_edge.runtime.engines.backends import BackendName
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     help="That live at once.",
 )
 @backend_option
-@click.option("--threads", type=click.IntRange(min=0), default=0, show_default=True, help="CPU threads; 0: all cores.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of frames, prompts and order.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@threads_option()
+@seed_option("Of frames, prompts and order.")
+@json_option()
 @click.option(
     "--markdown",
     "markdown_file",
@@ -68,8 +68,9 @@ def soak_command(
 ) -> None:
     """Fly BUNDLE for long in one process, or a server of the null policy with --server; watch memory and latency.
 
-    Exit status 1 when resident memory grew by more than 1 % after the warm-up, or when segments became slower by more
-    than 1 %, noise considered (99 % interval of a median slope); with --server also when an answer was lost.
+    Exit status 1 when resident memory grew by more than 1 % after the warm-up (last tenth of the run against the
+    first), or when memory or the time of a segment has a trend of more than 1 %, noise considered (99 % interval of a
+    median slope); with --server also when an answer was lost.
 
     Example: worldvln-edge soak bundle/ --segments 1000 --threads 1
 
@@ -80,7 +81,7 @@ def soak_command(
     # Imported here so that `worldvln-edge soak --help` needs no engine.
     import msgspec
 
-    from worldvln_edge.runtime.bench.bench_table import render
+    from worldvln_edge.runtime.bench.report_table import render
 
     report: Any
     if bundle is None:

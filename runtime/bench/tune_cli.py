@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from worldvln_edge.runtime.engines.backend_option import backend_option
-from worldvln_edge.runtime.profile_options import also_option, own_profiles_option
+from worldvln_edge.command_options import also_option, backend_option, json_option, own_profiles_option, threads_option
 
 if TYPE_CHECKING:
     from worldvln_edge.runtime.engines.backends import BackendName
@@ -19,11 +18,11 @@ if TYPE_CHECKING:
 @click.command("tune")
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @backend_option
-@click.option("--threads", type=click.IntRange(min=0), default=0, show_default=True, help="As you will serve with.")
+@threads_option("As you will serve with.")
 @click.option("--flights", type=click.IntRange(min=1), default=5, show_default=True, help="Flights per profile.")
 @own_profiles_option
 @also_option
-@click.option("--json", "as_json", is_flag=True, help="Print the measured times as JSON.")
+@json_option("Print the measured times as JSON.")
 def tune_command(
     bundle: Path,
     backend: BackendName,

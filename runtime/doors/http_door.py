@@ -22,15 +22,15 @@ from worldvln_edge.runtime.doors.access import AccessRule
 from worldvln_edge.runtime.doors.entrance import client_address
 from worldvln_edge.runtime.doors.http_errors import error_response
 from worldvln_edge.runtime.doors.http_request import PredictRequest, parse_predict_request
-from worldvln_edge.runtime.doors.implicit_session import (
+from worldvln_edge.runtime.sessions.device_queue import Ticket
+from worldvln_edge.runtime.sessions.frame_decoding import decode_each, image_limits
+from worldvln_edge.runtime.sessions.implicit_session import (
     ImplicitAnswer,
     ImplicitCall,
     ReadinessRule,
     Wording,
     door_session_name,
 )
-from worldvln_edge.runtime.sessions.device_queue import Ticket
-from worldvln_edge.runtime.sessions.frame_decoding import decode_each, image_limits
 from worldvln_edge.runtime.sessions.session_manager import SessionManager
 from worldvln_edge.wire import check_session_name
 

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from worldvln_edge.protocol import ERRORS, ProtocolError
 from worldvln_edge.runtime.doors.http_request import InvalidRequestError
-from worldvln_edge.runtime.sessions.observation import internal_error
+from worldvln_edge.runtime.sessions.policy_calls import internal_error
 
 _STATUS_WITHOUT_HTTP = 400
 

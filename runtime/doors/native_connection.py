@@ -40,7 +40,11 @@ from worldvln_edge.runtime.sessions.session_manager import SessionManager, new_s
 from worldvln_edge.wire import decode_request
 
 _LARGE_BYTES = 256 * 1024  # messages above this are parsed on a thread: the event loop must go on answering
-_REMEMBERED_REQUESTS = 64
+_REMEMBERED_REQUESTS = 64  # that were answered
+
+
+def _nowhere(message: Answer, encoding: Encoding) -> None:
+    """Where the answers of a client that is gone are sent."""
 
 
 class NativeConnection:
@@ -73,22 +77,21 @@ class NativeConnection:
         """Take one message. Long work goes on in the background; its answer is sent when it is there."""
         arrived_s = asyncio.get_running_loop().time()
         self._encoding = encoding
-        limits = self._manager.limits
+        limits, request_id = self._manager.limits, None
+        answer: Answer | None
         try:
-            if len(data) > _LARGE_BYTES:
-                request = await asyncio.to_thread(decode_request, data, encoding, limits)
-            else:
-                request = decode_request(data, encoding, limits)
+            try:
+                if len(data) > _LARGE_BYTES:
+                    request = await asyncio.to_thread(decode_request, data, encoding, limits)
+                else:
+                    request = decode_request(data, encoding, limits)
+                request_id = request.id
+            finally:  # one that cannot be read counts, too
+                self._manager.request_rate.take(self._peer or self._address)
+            answer = await self._handle(request, arrived_s, encoding)
         except ProtocolError as error:
             self._manager.meter.refused(error.code)
-            self._send(error.to_message(), encoding)
-            return
-        try:
-            self._manager.request_rate.take(self._peer or self._address)
-            answer = self._handle(request, arrived_s, encoding)
-        except ProtocolError as error:
-            self._manager.meter.refused(error.code)
-            answer = error.to_message(request.id)
+            answer = error.to_message(request_id)
         if answer is not None:
             self._send(answer, encoding)
 
@@ -105,12 +108,14 @@ class NativeConnection:
         """The client is gone: what still waits is dropped, its frames and sessions stay."""
         for ticket in self._in_flight.values():
             ticket.cancel()
+        # A transport knows its connection; if each knew the other, both would stay until the collector comes.
+        self._send = _nowhere
 
     def say_bye(self, bye: Bye) -> None:
         """Send `bye` in the encoding that this client used last."""
         self._send(bye, self._encoding)
 
-    def _handle(self, request: Request, arrived_s: float, encoding: Encoding) -> Answer | None:
+    async def _handle(self, request: Request, arrived_s: float, encoding: Encoding) -> Answer | None:
         """The answer, or None when it will follow."""
         if isinstance(request, Hello):
             return self._welcome(request)
@@ -126,7 +131,7 @@ class NativeConnection:
                 ready=self._manager.is_ready,
             )
         if isinstance(request, Cancel):
-            return self._cancel(request, self._peer)
+            return await self._cancel(request, self._peer)
         self._begin(request, self._peer, arrived_s, encoding)
         return None
 
@@ -150,14 +155,14 @@ class NativeConnection:
             ready=self._manager.is_ready,
         )
 
-    def _cancel(self, request: Cancel, peer: str) -> Answer:
+    async def _cancel(self, request: Cancel, peer: str) -> Answer:
         name = self._session_of.get(request.target)
         if name is None:
             raise ProtocolError("bad_request", f"no request {request.target} of this connection names a session")
         ticket = self._in_flight.get(request.target)
         if ticket is not None:  # else it was answered in the meantime, which is no error
             ticket.cancel()
-        return self._manager.state(peer, name, request.id)
+        return await self._manager.state(peer, name, request.id)
 
     def _begin(self, request: Start | Observe | End, peer: str, arrived_s: float, encoding: Encoding) -> None:
         if request.id in self._in_flight:
@@ -178,8 +183,8 @@ class NativeConnection:
             work = self._manager.end(peer, session, request.id)
         self._in_flight[request.id] = ticket
         self._session_of[request.id] = session
-        while len(self._session_of) > _REMEMBERED_REQUESTS:
-            del self._session_of[next(iter(self._session_of))]
+        while len(self._session_of) > _REMEMBERED_REQUESTS + len(self._in_flight):
+            del self._session_of[next(each for each in self._session_of if each not in self._in_flight)]
         # Tasks begin in the order of their creation, so a session's requests take their turns in order of arrival.
         task = asyncio.get_running_loop().create_task(self._finish(request.id, work, encoding))
         self._tasks.add(task)

@@ -18,15 +18,15 @@ from worldvln_edge.poses import ACTION_ORDER, ACTION_UNITS
 from worldvln_edge.protocol import ProtocolError
 from worldvln_edge.runtime.doors.entrance import Entrance, client_address
 from worldvln_edge.runtime.doors.http_door import prefix_latents
-from worldvln_edge.runtime.doors.implicit_session import (
+from worldvln_edge.runtime.doors.openpi_codec import REPLIES, Observation, decode_observation, encode_map
+from worldvln_edge.runtime.sessions.device_queue import Ticket
+from worldvln_edge.runtime.sessions.implicit_session import (
     ImplicitAnswer,
     ImplicitCall,
     ReadinessRule,
     Wording,
     door_session_name,
 )
-from worldvln_edge.runtime.doors.openpi_codec import REPLIES, Observation, decode_observation, encode_map
-from worldvln_edge.runtime.sessions.device_queue import Ticket
 from worldvln_edge.runtime.sessions.policy import ActionChunk
 from worldvln_edge.runtime.sessions.session_manager import SessionManager, new_session_name
 from worldvln_edge.wire import check_session_name

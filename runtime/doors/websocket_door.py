@@ -66,6 +66,7 @@ class WebSocketDoor:
                 await connection.receive(text.encode(), "json")
             else:
                 await connection.receive(message["bytes"], "msgpack")
+            await asyncio.sleep(0)  # many small messages come at once, and handling them need not wait for anything
 
     async def say_bye_to_all(self) -> None:
         """Send what is written so far and `bye` to every client, then close with 1001."""
@@ -100,6 +101,7 @@ class Outbox:
         self._empty.set()
         if self._writer is not None:
             self._writer.cancel()
+            self._writer = None
 
     def put(self, message: Answer, encoding: Encoding) -> None:
         """Queue a message; after the close it goes nowhere."""

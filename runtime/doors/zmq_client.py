@@ -31,12 +31,12 @@ class ZmqClient:
     """What the door keeps of one routing identity.
 
     Args:
-        identity: ZeroMQ's name of the client.
+        envelope: frames in front of each answer: ZeroMQ's name of the client, and an empty one if it is a REQ socket.
         link: number of its connection; another one under the same identity is another client.
         limits: how much may pile up.
         meter: is told when the client is cut off.
         stalled_after_s: how long a client may take nothing at all while answers wait for it.
-        send: gives one message to the socket, or raises PipeFullError or PeerGoneError; never blocks.
+        send: gives one message for this client to the socket, or raises PipeFullError or PeerGoneError; never blocks.
         on_end: called once the client is to be forgotten: gone, or cut off.
     """
 
@@ -44,16 +44,16 @@ class ZmqClient:
 
     def __init__(
         self,
-        identity: bytes,
+        envelope: tuple[bytes, ...],
         link: int,
         *,
         limits: Limits,
         meter: Meter,
         stalled_after_s: float,
-        send: Callable[[bytes], None],
+        send: Callable[[ZmqClient, bytes], None],
         on_end: Callable[[ZmqClient], None],
     ):
-        self.identity, self.link = identity, link
+        self.envelope, self.link = envelope, link
         self.has_left = False
         """Its connection ended: what it sent before is handled, answers go nowhere."""
         self.is_closed = False
@@ -67,6 +67,10 @@ class ZmqClient:
         self._retry: asyncio.TimerHandle | None = None
         self._retry_s = _FIRST_RETRY_S
         self._reader: asyncio.Task[None] | None = None
+
+    @property
+    def identity(self) -> bytes:
+        return self.envelope[0]
 
     @property
     def has_unsent(self) -> bool:
@@ -92,11 +96,12 @@ class ZmqClient:
 
     async def _read(self, on_read: Callable[[int], None]) -> None:
         while (message := await self._inbox.get()) is not None:
-            data, encoding = message
             try:
-                await self.connection.receive(data, encoding)
+                await self.connection.receive(*message)
             finally:
-                on_read(len(data))
+                on_read(len(message[0]))
+                del message  # not kept until the next one comes, nor in the traceback of a client that is cut off
+            await asyncio.sleep(0)  # nor need handling it have waited for anything
         self._end()
 
     def _read_ended(self, reader: asyncio.Task[None]) -> None:
@@ -122,7 +127,7 @@ class ZmqClient:
         self._retry = None
         while self._answers and not self.is_closed:
             try:
-                self._send(self._answers[0])
+                self._send(self, self._answers[0])
             except PeerGoneError:
                 self._end()
                 return
@@ -148,6 +153,7 @@ class ZmqClient:
         self._answers.clear()
         if self._reader is not None:
             self._reader.cancel()
+            self._reader = None  # a task knows its client, and what knows each other stays until the collector comes
         unread = 0
         while not self._inbox.empty():
             message = self._inbox.get_nowait()

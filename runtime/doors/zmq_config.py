@@ -14,9 +14,9 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 
 from worldvln_edge.curve_keys import CurveKeyPair
 from worldvln_edge.protocol import Limits
+from worldvln_edge.runtime.doors.connection_room import SPARE_CONNECTIONS
 from worldvln_edge.runtime.doors.zmq_endpoint import ZmqEndpoint
 
-_HANDSHAKE_MS = 10_000
 _ZAP_DOMAIN = "worldvln"
 
 
@@ -61,8 +61,9 @@ def make_router(context: Any, config: ZmqConfig, limits: Limits) -> Any:
     router.setsockopt(zmq.SNDHWM, config.high_water)
     router.setsockopt(zmq.RCVHWM, limits.max_in_flight)  # a client has no use for more unread requests
     router.setsockopt(zmq.MAXMSGSIZE, limits.max_msg_bytes)
-    router.setsockopt(zmq.BACKLOG, limits.max_connections)  # all clients may come back at once, after a restart
-    router.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+    # All clients may come back at once, after a restart, and others besides.
+    router.setsockopt(zmq.BACKLOG, limits.max_connections + SPARE_CONNECTIONS)
+    router.setsockopt(zmq.HANDSHAKE_IVL, round(limits.headers_within_s * 1e3))
     router.setsockopt(zmq.HEARTBEAT_IVL, round(config.heartbeat_s * 1e3))
     router.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(config.silent_for_s * 1e3))
     router.setsockopt(zmq.LINGER, 0)

@@ -19,6 +19,7 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 
 from worldvln_edge.protocol import Bye, Hello, ProtocolError
 from worldvln_edge.runtime.doors.access import AccessRule
+from worldvln_edge.runtime.doors.connection_room import SPARE_CONNECTIONS
 from worldvln_edge.runtime.doors.listen_address import AddressInUseError
 from worldvln_edge.runtime.doors.native_connection import NativeConnection
 from worldvln_edge.runtime.doors.zmq_client import PeerGoneError, PipeFullError, ZmqClient
@@ -79,7 +80,12 @@ class ZmqDoor:
         try:
             self._authenticator = start_authenticator(self._context, self._config)
             self._socket = make_router(self._context, self._config, self._manager.limits)
-            self._links = ZmqLinks(self._socket, on_end=self._link_ended, on_refused=self._handshake_failed)
+            self._links = ZmqLinks(
+                self._socket,
+                on_end=self._link_ended,
+                on_refused=self._handshake_failed,
+                most=self._manager.limits.max_connections + SPARE_CONNECTIONS,
+            )
             self.urls = tuple([self._bind(endpoint) for endpoint in self._endpoints])
         except BaseException:
             await self.close()
@@ -109,6 +115,8 @@ class ZmqDoor:
             await self._has_room.wait()
             frames = await self._socket.recv_multipart(copy=False)
             self._take(frames)
+            del frames  # or the message would be kept until the next one comes
+            await asyncio.sleep(0)  # while messages wait, receiving them waits for nothing
 
     def _take(self, frames: list[zmq.Frame]) -> None:
         """One message of one client."""
@@ -162,12 +170,12 @@ class ZmqDoor:
             return None
         curve_key = frame_property(frames[-1], "User-Id")
         client = ZmqClient(
-            identity,
+            envelope,
             link,
             limits=self._manager.limits,
             meter=self._manager.meter,
             stalled_after_s=self._config.stalled_after_s,
-            send=lambda data: self._send_to(client, envelope, data),
+            send=self._send_to,
             on_end=self._forget,
         )
         client.connection = NativeConnection(
@@ -177,6 +185,8 @@ class ZmqDoor:
             send=client.put,
         )
         self._clients[identity] = self._client_on[link] = client
+        if self._links is not None:
+            self._links.keep(link)
         client.start(self._parsed)
         return client
 
@@ -198,13 +208,13 @@ class ZmqDoor:
                 _log.warning("an answer could not be sent; its client is given up", exc_info=error)
             raise PeerGoneError from None
 
-    def _send_to(self, client: ZmqClient, envelope: tuple[bytes, ...], data: bytes) -> None:
+    def _send_to(self, client: ZmqClient, data: bytes) -> None:
         """As `_send`, but never to who came after the client under the same identity."""
         if self._links is not None:
             self._links.notice()
         if client.has_left:
             raise PeerGoneError
-        self._send(envelope, data)
+        self._send(client.envelope, data)
 
     def _handshake_failed(self) -> None:
         self._manager.meter.refused("unauthorized")
@@ -227,10 +237,14 @@ class ZmqDoor:
 
     def _forget(self, client: ZmqClient) -> None:
         """Let go of a client; its sessions stay."""
-        if self._clients.get(client.identity) is client:
+        is_known = self._clients.get(client.identity) is client
+        has_link = self._client_on.get(client.link) is client
+        if is_known:
             del self._clients[client.identity]
-        if self._client_on.get(client.link) is client:
+        if has_link:
             del self._client_on[client.link]
+            if self._links is not None:
+                self._links.release(client.link)
         self._parsed(client.close())
 
     def _make_place(self) -> bool:

@@ -2,12 +2,18 @@
 
 ZeroMQ names the file descriptor of a message's connection, and a descriptor is used again. Its monitor tells of the
 end of a connection before anybody can come in its place, so a number taken from here is never inherited.
+
+ZeroMQ itself lets any number of connections in. Here they are bounded: with all places taken, the connection that has
+been there longest without a message is ended, whether it shook hands or not.
+Source: spec/session_protocol.md 7.8.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import socket as socketlib
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -27,11 +33,17 @@ class ZmqLinks:
         socket: of `zmq.asyncio`; not bound yet.
         on_end: told the number of a connection that ended.
         on_refused: told of a handshake that failed.
+        most: connections at the same time.
     """
 
-    def __init__(self, socket: Any, *, on_end: Callable[[int], None], on_refused: Callable[[], None]):
-        self._socket, self._on_end, self._on_refused = socket, on_end, on_refused
+    def __init__(self, socket: Any, *, on_end: Callable[[int], None], on_refused: Callable[[], None], most: int):
+        self._socket, self._on_end, self._on_refused, self._most = socket, on_end, on_refused, most
         self._link_of: dict[int, int] = {}
+        """Number by descriptor."""
+        self._strangers: dict[int, int] = {}
+        """Descriptor by number, of those who are nobody's; longest first."""
+        self._leaving: set[int] = set()
+        """Numbers of those that were ended here, until ZeroMQ has noticed."""
         self._numbers = itertools.count(1)
         address = f"inproc://monitor-{uuid.uuid4().hex}"
         socket.monitor(address, _WATCHED)
@@ -39,6 +51,7 @@ class ZmqLinks:
         self._monitor: Any = zmq.Context.shadow(socket.context.underlying).socket(zmq.PAIR)
         self._monitor.connect(address)
         asyncio.get_running_loop().add_reader(self._monitor.FD, self.notice)
+        self.notice()  # ZeroMQ tells of an event only whoever has once found that there was none
 
     def __len__(self) -> int:
         """Open connections."""
@@ -46,23 +59,52 @@ class ZmqLinks:
 
     def notice(self) -> None:
         """Take in what happened until now; to be called before a message is believed, and before one is sent."""
+        self._take_events()
+        while self._strangers and len(self._link_of) - len(self._leaving) > self._most:
+            self._end(*next(iter(self._strangers.items())))
+
+    def _take_events(self) -> None:
         while True:
             try:
                 event = parse_monitor_message(self._monitor.recv_multipart(zmq.DONTWAIT))
             except zmq.Again:
                 return
             if event["event"] == zmq.Event.ACCEPTED:
-                self._link_of[event["value"]] = next(self._numbers)
+                link = self._link_of[event["value"]] = next(self._numbers)
+                self._strangers[link] = event["value"]
             elif event["event"] == zmq.Event.DISCONNECTED:
-                link = self._link_of.pop(event["value"], None)
-                if link is not None:
-                    self._on_end(link)
+                ended = self._link_of.pop(event["value"], None)
+                if ended is not None:
+                    self._strangers.pop(ended, None)
+                    self._leaving.discard(ended)
+                    self._on_end(ended)
             else:
                 self._on_refused()
 
     def link_of(self, frame: zmq.Frame) -> int | None:
         """Number of the connection that a message came over; None if it has ended."""
         return self._link_of.get(frame_property(frame, zmq.SRCFD))
+
+    def keep(self, link: int) -> None:
+        """It is a client's now: it is not ended for newcomers."""
+        self._strangers.pop(link, None)
+
+    def release(self, link: int) -> None:
+        """The client was forgotten; its connection may be there still, and makes way again."""
+        descriptor = next((each for each, number in self._link_of.items() if number == link), None)
+        if descriptor is not None and link not in self._leaving:
+            self._strangers[link] = descriptor
+
+    def _end(self, link: int, descriptor: int) -> None:
+        """End a connection. ZeroMQ, which owns it, finds it closed by the other side."""
+        del self._strangers[link]
+        family, kind = socketlib.AF_INET, socketlib.SOCK_STREAM  # no matter which, to shut it down
+        with contextlib.suppress(OSError), socketlib.fromfd(descriptor, family, kind) as copy:
+            # Had the connection ended before it was copied, so that the copy is somebody else's, we hear of it here.
+            self._take_events()
+            if self._link_of.get(descriptor) == link:
+                self._leaving.add(link)
+                copy.shutdown(socketlib.SHUT_RDWR)
 
     def close(self) -> None:
         """Stop watching; before the socket is closed."""

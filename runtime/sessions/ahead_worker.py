@@ -12,8 +12,9 @@ import math
 
 from worldvln_edge.protocol import ProtocolError
 from worldvln_edge.runtime.sessions.device_queue import DeviceQueue, Ticket
-from worldvln_edge.runtime.sessions.observation import on_device
-from worldvln_edge.runtime.sessions.session_table import LiveSession, SessionKey, SessionTable
+from worldvln_edge.runtime.sessions.live_session import LiveSession, SessionKey
+from worldvln_edge.runtime.sessions.policy_calls import on_device
+from worldvln_edge.runtime.sessions.session_table import SessionTable
 
 _log = logging.getLogger(__name__)
 
@@ -31,10 +32,13 @@ class AheadWorker:
         return bool(self._tasks)
 
     def begin(self, session: LiveSession) -> None:
-        """Work for this session once nobody else wants the device."""
+        """Work for this session once nobody else wants the device, in place of what was begun for it before."""
         if session.is_done:
             return
-        session.ahead = ticket = Ticket()
+        if session.ahead is not None:
+            session.ahead.cancel()
+        session.ahead, session.has_more_ahead = Ticket(), True
+        ticket = session.ahead
         task = asyncio.get_running_loop().create_task(self._work(session, ticket))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -58,7 +62,6 @@ class AheadWorker:
             if ticket.is_cancelled or self._table.find(session.key) is not session:
                 return
             try:
-                session.has_more_ahead = True
                 while session.has_more_ahead and not ticket.is_cancelled:
                     session.has_more_ahead = await on_device(self._device, step, ticket=ticket, priority=math.inf)
             except ProtocolError as error:  # it was logged; the next request does the work, or meets the same fault

@@ -14,7 +14,14 @@ import msgspec
 import numpy as np
 
 from worldvln_edge.config import HorizonConfig
-from worldvln_edge.runtime.sessions.policy import ActionChunk, Emit, Policy, PolicySession, check_restorable
+from worldvln_edge.runtime.sessions.policy import (
+    ActionChunk,
+    Emit,
+    NonFiniteActionsError,
+    Policy,
+    PolicySession,
+    check_restorable,
+)
 
 
 def chained_horizon(horizon: HorizonConfig, horizons: int) -> HorizonConfig:
@@ -51,7 +58,8 @@ class ChainedSession:
 
     @property
     def frames(self) -> int:
-        return self._index * (self._one.num_frames - 1) + self._current.frames
+        shared = 1 if self._index else 0  # with the horizon before, so it was taken even if this one has not got it yet
+        return self._index * (self._one.num_frames - 1) + max(self._current.frames, shared)
 
     @property
     def emitted(self) -> int:
@@ -81,16 +89,29 @@ class ChainedSession:
     ) -> ActionChunk | None:
         """See `PolicySession.observe`."""
         while True:
-            room = self._one.num_frames - self._current.frames
+            before = self._current.frames
+            if self._index and before == 0:
+                assert self._anchor is not None  # the horizon before was full
+                frames = (self._anchor, *frames)
+            room = self._one.num_frames - before
             now, frames = frames[:room], frames[room:]
-            if now:
-                self._anchor = now[-1]
-            chunk = self._current.observe(now, budget_s=budget_s, should_stop=should_stop)
+            try:
+                chunk = self._current.observe(now, budget_s=budget_s, should_stop=should_stop)
+            except NonFiniteActionsError as error:
+                ours = replace(error.chunk, segment=self.emitted + 1, observed_frames=self.frames)
+                raise NonFiniteActionsError(ours) from error
+            finally:
+                if taken := self._current.frames - before:
+                    self._anchor = now[taken - 1]
             if chunk is not None:
                 return replace(chunk, segment=self.emitted, observed_frames=self.frames)
             if not self._current.done or self._current.frames < self._one.num_frames or self.done:
                 return None
-            frames = self._next_horizon(frames)
+            self._next_horizon()
+
+    def pass_over(self) -> None:
+        """See `PolicySession.pass_over`."""
+        self._current.pass_over()
 
     def restore(self, frames: Sequence[np.ndarray], emitted: int) -> None:
         """See `PolicySession.restore`; only the horizon that was being flown is taken up again."""
@@ -102,22 +123,20 @@ class ChainedSession:
         self._current.restore(taken, emitted - self._index * segments)
         self._anchor = taken[-1] if taken else None
 
-    def _next_horizon(self, frames: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
-        """Start it; what it has to be given: the frame that both horizons share, and `frames`."""
-        assert self._anchor is not None  # the horizon is full
+    def _next_horizon(self) -> None:
+        """Start it; the frame that both horizons share is still to be given to it."""
         following = self._open()
         self._current.close()
         self._current, self._index = following, self._index + 1
-        return (self._anchor, *frames)
 
     def _open(self) -> PolicySession:
         return self._policy.new_session(
             self._prompt, seed=self._seed, negative_prompt=self._negative_prompt, emit=self._emit
         )
 
-    def least_s(self, new_frames: int = 0) -> float | None:
+    def least_s(self, new_frames: int = 0, *, with_new_settings: bool = False) -> float | None:
         """See `PolicySession.least_s`; not known for the first segment of a horizon that has not begun."""
-        return self._current.least_s(new_frames)
+        return self._current.least_s(new_frames, with_new_settings=with_new_settings)
 
     def work_ahead(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """See `PolicySession.work_ahead`."""
@@ -152,6 +171,10 @@ class SettledRule:
     """Every step's translation is shorter."""
     deg: float = 1.0
     """Every step's rotation is less, about every axis."""
+
+    def after(self, chunk: ActionChunk, before: int) -> int:
+        """`still_steps` after a chunk was answered: a hold stands still, but not because the drone has arrived."""
+        return before if chunk.hold is not None else self.still_steps(before, chunk.actions)
 
     def still_steps(self, before: int, actions: np.ndarray) -> int:
         """Steps without motion at the end of what was flown so far.

@@ -49,20 +49,21 @@ class DurationEstimate:
 
     def __init__(self, window: int = 8):
         self._recent: deque[float] = deque(maxlen=window)
-        self._discount = 1.0
+        self.trust = 1.0
+        """How far estimates are believed: 1, and less after some that refused work."""
 
     @property
     def seconds(self) -> float:
         """0 until something was measured."""
-        return statistics.median(self._recent) * self._discount if self._recent else 0.0
+        return statistics.median(self._recent) * self.trust if self._recent else 0.0
 
     def add(self, seconds: float) -> None:
         self._recent.append(seconds)
-        self._discount = 1.0
+        self.trust = 1.0
 
     def soften(self) -> None:
         """Trust the estimate a little less after it refused work, so that one slow start cannot refuse for ever."""
-        self._discount *= 0.95
+        self.trust *= 0.95
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,8 @@ class DeviceQueue:
     deadlines, leaves the others their share. A share that was not used is not saved up. Work whose priority, as an
     event-loop time, has passed may run in any case.
 
-    Source: start-time fair queueing (Goyal, Vin, Cheng 1996).
+    Source: start-time fair queueing (Goyal, Vin, Cheng 1996), with the clock of self-clocked fair queueing (Golestani
+    1994), because a start-time clock stands still while ever new sessions come.
     """
 
     def __init__(self, workers: int = 1, *, clock: Callable[[], float] = time.perf_counter):
@@ -198,7 +200,9 @@ class DeviceQueue:
     def _finish(self, session: Hashable | None, began_s: float, took_s: float) -> None:
         if session is not None:
             self._recent_s.append(took_s)
-            self._had_s[session] = began_s + took_s
+            self._had_s[session] = ended_s = began_s + took_s
+            # Whoever comes next begins here: sessions that come once, however many, pass nobody who waits.
+            self._virtual_s = max(self._virtual_s, ended_s)
         self._release()
         if self._free == self._workers:  # nobody waits, so nobody is ahead of anybody
             self._virtual_s = max([self._virtual_s, *self._had_s.values()])

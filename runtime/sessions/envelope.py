@@ -74,12 +74,18 @@ class Envelope:
         self.config = config
         self._window = fps
 
+    @property
+    def steps_before(self) -> int:
+        """How many steps in front of a segment may lie in one second with its first one."""
+        return self._window - 1
+
     def apply(self, chunk: ActionChunk, *, flown_before: np.ndarray, age_s: float, late_s: float | None) -> ActionChunk:
         """The chunk, or a hold in its place.
 
         Args:
             chunk: actions [N, 6], cm and deg.
-            flown_before: the actions of the segment before, as they were answered: float [M, 6], M may be 0.
+            flown_before: the last actions in front of the segment, as they were answered: float [M, 6]; those beyond
+                `steps_before` do not matter, M may be 0.
             age_s: of the newest frame that the segment rests on.
             late_s: how long after its deadline it is; None: in time, or without one.
         """
@@ -104,7 +110,7 @@ class Envelope:
             return "step_translation"
         if config.step_deg is not None and (turns > config.step_deg).any():
             return "step_rotation"
-        before = flown_before[len(flown_before) - (self._window - 1) :] if self._window > 1 else flown_before[:0]
+        before = flown_before[max(0, len(flown_before) - self.steps_before) :]
         ways_before, turns_before = _sizes(before.reshape(-1, 6))
         if config.second_cm is not None and self._largest_sum(ways_before, ways) > config.second_cm:
             return "speed"

@@ -51,11 +51,16 @@ def decode_each(
             continue
         room_bytes -= frame.nbytes
         if room_bytes < 0:
-            raise ProtocolError(
-                "overloaded", "the server's store of undigested frames is full; send fewer at a time", retry_ms=1000
-            )
+            raise store_is_full()
         frames.append(frame)
     return frames
+
+
+def store_is_full() -> ProtocolError:
+    """The refusal of frames for which there is no room."""
+    return ProtocolError(
+        "overloaded", "the server's store of undigested frames is full; send fewer at a time", retry_ms=1000
+    )
 
 
 def decode_frames(request: Observe, new: slice, limits: Limits, *, room_bytes: int) -> list[np.ndarray]:

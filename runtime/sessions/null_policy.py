@@ -14,7 +14,14 @@ import numpy as np
 from worldvln_edge.config import HorizonConfig
 from worldvln_edge.images import check_rgb
 from worldvln_edge.runtime.sessions.available_memory import available_bytes
-from worldvln_edge.runtime.sessions.policy import ActionChunk, Emit, PolicyInfo, StoppedError, check_restorable
+from worldvln_edge.runtime.sessions.policy import (
+    ActionChunk,
+    Emit,
+    PolicyInfo,
+    StoppedError,
+    check_due,
+    check_restorable,
+)
 
 _PAUSE_S = 0.01
 
@@ -72,7 +79,7 @@ class NullSession:
         self.emitted = -1
         self._policy, self._seed, self._emit = policy, seed, emit
 
-    def least_s(self, new_frames: int = 0) -> float | None:
+    def least_s(self, new_frames: int = 0, *, with_new_settings: bool = False) -> float | None:
         """Not known."""
         return None
 
@@ -104,6 +111,11 @@ class NullSession:
             seed=self._seed,
             timings_ms={"generate": (time.perf_counter() - started) * 1e3},
         )
+
+    def pass_over(self) -> None:
+        """See PolicySession.pass_over."""
+        check_due(self)
+        self.emitted += 1
 
     def restore(self, frames: Sequence[np.ndarray], emitted: int) -> None:
         """See PolicySession.restore."""

@@ -23,8 +23,12 @@ class StoppedError(RuntimeError):
     """Whoever asked for a segment does not want it any more; it was not emitted and may be asked for again."""
 
 
-class NonFiniteActionsError(RuntimeError):
-    """The model gave NaN or infinity; the segment was not emitted and may be asked for again."""
+class TooLateError(RuntimeError):
+    """The actions cannot be there when they are due; the segment was not emitted and may be asked for again."""
+
+    def __init__(self, needs_s: float):
+        super().__init__(f"the segment needs about {needs_s * 1e3:.0f} ms, and less is left")
+        self.needs_s = needs_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,15 @@ class ActionChunk:
     timings_ms: dict[str, float] = field(default_factory=dict)  # stage -> milliseconds
 
 
+class NonFiniteActionsError(RuntimeError):
+    """The model gave NaN or infinity; the segment was not emitted and may be asked for again, or passed over."""
+
+    def __init__(self, chunk: ActionChunk):
+        super().__init__(f"segment {chunk.segment}: the model gave NaN or infinity")
+        self.chunk = chunk
+        """What would have been emitted."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PolicyInfo:
     """What a client may know about a policy."""
@@ -53,6 +66,8 @@ class PolicyInfo:
     device: str
     horizon: HorizonConfig
     image_hw: tuple[int, int]
+    weights: str = ""
+    """Tells files of weights and graphs apart: another text, other actions."""
 
 
 class PolicySession(Protocol):
@@ -88,6 +103,8 @@ class PolicySession(Protocol):
         Raises:
             ValueError: a frame is not uint8 [H, W, 3].
             StoppedError: `should_stop` said so.
+            TooLateError: the actions cannot be there when they are due, which could not be known before; the frames
+                are kept and the segment stays unemitted.
             NonFiniteActionsError: the model gave NaN; the frames are kept and the segment stays unemitted.
             Exception: whatever an engine raises. The session stays usable: `frames` tells whether the new frames were
                 taken, the segment stays unemitted, and the next call goes on from there.
@@ -106,11 +123,20 @@ class PolicySession(Protocol):
         """
         ...
 
-    def least_s(self, new_frames: int = 0) -> float | None:
+    def pass_over(self) -> None:
+        """Count the next segment as emitted although its actions are not finite: the drone will not move in it.
+
+        Raises:
+            ValueError: no segment is due.
+        """
+        ...
+
+    def least_s(self, new_frames: int = 0, *, with_new_settings: bool = False) -> float | None:
         """Time that the next segment needs at least on this machine; None where that is not known.
 
         Args:
             new_frames: that it still has to take.
+            with_new_settings: a prompt or the seed will be replaced first.
         """
         ...
 
@@ -181,6 +207,14 @@ class Policy(Protocol):
     def new_session(
         self, prompt: str, *, seed: int = 0, negative_prompt: str = "", emit: Emit = "ahead"
     ) -> PolicySession: ...
+
+
+def check_due(session: PolicySession) -> None:
+    """Raise ValueError unless a segment is due; see `PolicySession.pass_over`."""
+    if session.done:
+        raise ValueError("no segment is due: all are emitted")
+    if session.need:
+        raise ValueError(f"no segment is due: frames missing: {session.need}")
 
 
 def check_restorable(session: PolicySession, frames: Sequence[np.ndarray], emitted: int) -> None:

@@ -1,11 +1,12 @@
 """The write-ahead journal: what a session was told and answered, kept on disk until it ends.
 
 A server that was killed and started again finds its sessions here. One file a session, under a name that no client
-chooses: records of length, checksum and msgpack, appended in the order in which things happened. A record that was cut
-off, and what follows it, is left out. Frames are kept as sessions work with them, so a restored session computes the
-same. Records are written before a request is answered, by a thread of their own, while the device computes.
+chooses: records (`journal_records.py`), appended in the order in which things happened. Frames are kept as sessions
+work with them, so a restored session computes the same. Records are written before a request is answered, by a thread
+of their own, while the device computes.
 
 What cannot be written (a full disk) is given up with a line in the log: that session goes on without a journal.
+What cannot be restored is set aside for its operator, so that it is in nobody's way.
 Source: spec/session_protocol.md 2.8, 7.4.
 """
 
@@ -16,23 +17,24 @@ import hashlib
 import logging
 import os
 import time
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from struct import Struct
-from typing import Any, Literal
+from typing import Any
 
-import msgspec
-import numpy as np
-
-from worldvln_edge.runtime.sessions.policy import ActionChunk, Emit
+from worldvln_edge.runtime.sessions.journal_records import (
+    JournalDamageError,
+    Opening,
+    Record,
+    RecordedSession,
+    encode_record,
+    read_records,
+)
 
 _log = logging.getLogger(__name__)
 _SUFFIX = ".journal"
-_FRAME = Struct("<II")  # bytes of the record, CRC-32 of them
-_VERSION = 1
+_ASIDE = ".aside"
+_MOST_ASIDE = 8
 
 Key = tuple[str, str]
 """(peer, session name), as in `session_table`."""
@@ -42,106 +44,37 @@ class JournalError(RuntimeError):
     """The journal's folder cannot be used. The message says why, and what to do."""
 
 
-class Opening(msgspec.Struct, frozen=True, kw_only=True, tag="opening"):
-    """How a session began."""
-
-    version: int = _VERSION
-    peer: str
-    name: str
-    prompt: str
-    seed: int
-    negative_prompt: str
-    emit: Emit
-    horizons: int | None
-    policy: str
-    """What computed; another policy cannot go on."""
-
-
-class Frames(msgspec.Struct, frozen=True, kw_only=True, tag="frames"):
-    """Frames of one size that follow the stored ones."""
-
-    shape: tuple[int, int, int, int]  # N H W 3
-    pixels: bytes
-    t_ns: list[int] | None
-
-
-class Settings(msgspec.Struct, frozen=True, kw_only=True, tag="settings"):
-    """What holds from the next segment on."""
-
-    prompt: str
-    seed: int
-    negative_prompt: str
-
-
-class Segment(msgspec.Struct, frozen=True, kw_only=True, tag="segment"):
-    """What was answered."""
-
-    segment: int
-    actions: bytes  # float32 [N, 6]
-    observed_frames: int
-    seed: int
-    head: Literal["latent", "rgb"]
-    profile: str
-    profile_reason: str
-    hold: str | None
-
-
-Record = Opening | Frames | Settings | Segment
-_decoder: msgspec.msgpack.Decoder[Record] = msgspec.msgpack.Decoder(Record)
-
-
-@dataclass(kw_only=True)
-class RecordedSession:
-    """A session as its journal tells it."""
-
-    opening: Opening
-    settings: Settings
-    frames: list[np.ndarray] = field(default_factory=list)  # uint8 [H, W, 3] each
-    capture_ns: dict[int, int] = field(default_factory=dict)
-    chunks: dict[int, ActionChunk] = field(default_factory=dict)
-
-    @property
-    def emitted(self) -> int:
-        return max(self.chunks, default=-1)
-
-    def add(self, record: Record) -> None:
-        """Take over what happened next."""
-        if isinstance(record, Frames):
-            if record.t_ns is not None:
-                self.capture_ns.update(enumerate(record.t_ns, start=len(self.frames) + 1))
-            self.frames.extend(np.frombuffer(record.pixels, np.uint8).reshape(record.shape))
-        elif isinstance(record, Settings):
-            self.settings = record
-        elif isinstance(record, Segment):
-            fields = {name: getattr(record, name) for name in record.__struct_fields__ if name != "actions"}
-            actions = np.frombuffer(record.actions, np.float32).reshape(-1, 6)
-            self.chunks[record.segment] = ActionChunk(actions=actions, **fields)
-
-
 class SessionJournal:
     """All journals of a server.
 
     Args:
         folder: made if it is not there; readable by its owner only.
-        max_bytes: of all files together; beyond it, the file that was not written for the longest time goes.
-        ttl_s: files that were not written for so long when the server starts are removed.
+        max_bytes: of all files together. Beyond it, files that were set aside go, oldest first; then the journals that
+            were not written for the longest time; a session that is too large alone is left out.
+        ttl_s: a session that nobody asked for since it was written that long ago is forgotten.
+        clock: seconds, monotonic.
 
     Raises:
         JournalError: the folder cannot be made or written.
     """
 
-    def __init__(self, folder: Path, *, max_bytes: int = 2 * 2**30, ttl_s: float = 600.0):
-        self._folder, self._max_bytes = folder, max_bytes
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_bytes: int = 2 * 2**30,
+        ttl_s: float = 600.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._folder, self._max_bytes, self._clock = folder, max_bytes, clock
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._files: dict[Path, Any] = {}
-        self._sizes: dict[Path, int] = {}
+        self._sizes: dict[Path, int] = {}  # the one written last stands last
+        self._aside: dict[Path, int] = {}  # sizes, oldest first
+        self._kept_until_s: dict[Path, float] = {}  # of journals that an earlier process has left
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for path in sorted(folder.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime):
-                if time.time() - path.stat().st_mtime > ttl_s:
-                    path.unlink()
-                else:
-                    self._sizes[path] = path.stat().st_size
+            self._find(ttl_s)
             probe = folder / f".{os.getpid()}.probe"
             probe.touch()
             probe.unlink()
@@ -149,6 +82,18 @@ class SessionJournal:
             raise JournalError(
                 f"the journal's folder {folder} cannot be used ({error.strerror}); name another one (--journal)"
             ) from error
+
+    def _find(self, ttl_s: float) -> None:
+        """What is there."""
+        found = [(path, path.stat()) for path in self._folder.iterdir() if path.suffix in (_SUFFIX, _ASIDE)]
+        for path, stat in sorted(found, key=lambda each: each[1].st_mtime):
+            if path.suffix == _ASIDE:
+                self._aside[path] = stat.st_size
+                continue
+            self._sizes[path] = stat.st_size
+            # The clock that stamped the file may have been set since, so no age counts as less than none.
+            self._kept_until_s[path] = self._clock() + ttl_s - max(0.0, time.time() - stat.st_mtime)
+        self._forget_old()
 
     def open(self, opening: Opening) -> Future[None]:
         """Begin a session's journal, in the place of an older one."""
@@ -163,9 +108,28 @@ class SessionJournal:
         """The session has ended."""
         return self._writer.submit(self._remove, self._path(key))
 
+    def forget_old(self) -> Future[None]:
+        """Forget sessions of an earlier process that nobody asked for within their time."""
+        return self._writer.submit(self._forget_old)
+
     def read(self, key: Key) -> Future[RecordedSession | None]:
-        """The session as it was left, and ready to go on; None where there is no journal of it."""
+        """The session as it was left; None where there is no journal of it.
+
+        The future raises JournalDamageError where there is one that cannot be read.
+        """
         return self._writer.submit(self._read, key)
+
+    def go_on(self, key: Key, recorded: RecordedSession) -> Future[None]:
+        """Write behind what was read from now on."""
+        return self._writer.submit(self._go_on, self._path(key), recorded.whole_bytes)
+
+    def set_aside(self, key: Key) -> Future[Path | None]:
+        """Rename a journal that cannot be restored; a few of them are kept.
+
+        Returns:
+            Where it is now; None: there is none, or it cannot be renamed.
+        """
+        return self._writer.submit(self._set_aside, self._path(key))
 
     def close(self) -> None:
         """Write what waits, and keep the files."""
@@ -178,7 +142,7 @@ class SessionJournal:
         name = hashlib.sha256(f"{len(key[0])}:{key[0]}{key[1]}".encode()).hexdigest()
         return self._folder / f"{name}{_SUFFIX}"
 
-    def _guarded(self, path: Path, work: Any, record: Record) -> None:
+    def _guarded(self, path: Path, work: Callable[[Path, Any], None], record: Record) -> None:
         try:
             work(path, record)
         except OSError as error:
@@ -195,18 +159,21 @@ class SessionJournal:
         file = self._files.get(path)
         if file is None:
             return
-        data = msgspec.msgpack.encode(record)
-        whole = memoryview(_FRAME.pack(len(data), zlib.crc32(data)) + data)
+        data = encode_record(record)
+        whole = memoryview(data)
         while whole:
             whole = whole[file.write(whole) :]
-        self._sizes[path] = self._sizes.pop(path) + _FRAME.size + len(data)  # the one written last stands last
+        self._sizes[path] = self._sizes.pop(path) + len(data)
         self._make_room(path)
 
     def _make_room(self, spared: Path) -> None:
-        for path in [path for path in self._sizes if path != spared]:
-            if sum(self._sizes.values()) <= self._max_bytes:
+        """Remove what is needed least until the rest is within `max_bytes`; the file that grows goes last."""
+        for path in [*self._aside, *(path for path in self._sizes if path != spared), spared]:
+            if sum(self._aside.values()) + sum(self._sizes.values()) <= self._max_bytes:
                 return
-            _log.warning("the journal holds more than %d bytes; the oldest session goes: %s", self._max_bytes, path)
+            if path not in self._aside:
+                text = "the journal holds more than %d bytes; a session goes on without: %s"
+                _log.warning(text, self._max_bytes, path)
             self._remove(path)
 
     def _remove(self, path: Path) -> None:
@@ -214,39 +181,55 @@ class SessionJournal:
         if file is not None:
             file.close()
         self._sizes.pop(path, None)
-        path.unlink(missing_ok=True)
+        self._aside.pop(path, None)
+        self._kept_until_s.pop(path, None)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            _log.error("a journal that nobody needs cannot be removed: %s (%s)", path, error.strerror)
+
+    def _forget_old(self) -> None:
+        now_s = self._clock()
+        for path in [path for path, until_s in self._kept_until_s.items() if now_s > until_s]:
+            self._remove(path)
 
     def _read(self, key: Key) -> RecordedSession | None:
+        self._forget_old()
         path = self._path(key)
         try:
             data = path.read_bytes()
-        except OSError:
+        except FileNotFoundError:
             return None
-        found: RecordedSession | None = None
-        good = 0
-        for record, end in _records(data):
-            if found is None:
-                if not isinstance(record, Opening) or record.version != _VERSION or (record.peer, record.name) != key:
-                    return None
-                settings = Settings(prompt=record.prompt, seed=record.seed, negative_prompt=record.negative_prompt)
-                found = RecordedSession(opening=record, settings=settings)
-            else:
-                found.add(record)
-            good = end
-        if found is not None:
-            self._go_on(path, good)
-        return found
+        except OSError as error:
+            raise JournalDamageError(f"it cannot be read ({error.strerror})") from error
+        return read_records(data, key)
 
-    def _go_on(self, path: Path, good_bytes: int) -> None:
-        """Write behind the last whole record from now on."""
-        if path in self._files:
-            return
+    def _go_on(self, path: Path, whole_bytes: int) -> None:
+        self._kept_until_s.pop(path, None)
         try:
-            os.truncate(path, good_bytes)
+            os.truncate(path, whole_bytes)
             self._files[path] = path.open("ab", buffering=0)
-            self._sizes[path] = good_bytes
+            self._sizes[path] = whole_bytes
         except OSError as error:
             _log.error("a session goes on without a journal: %s (%s)", path, error.strerror)
+            self._remove(path)  # it would tell of a session that has gone on since
+
+    def _set_aside(self, path: Path) -> Path | None:
+        file = self._files.pop(path, None)
+        if file is not None:
+            file.close()
+        self._kept_until_s.pop(path, None)
+        size = self._sizes.pop(path, 0)
+        aside = path.with_suffix(f".{time.time_ns()}{_ASIDE}")
+        try:
+            path.rename(aside)
+        except OSError as error:
+            _log.error("a journal cannot be renamed: %s (%s)", path, error.strerror)
+            return None
+        self._aside[aside] = size
+        for oldest in list(self._aside)[:-_MOST_ASIDE]:
+            self._remove(oldest)
+        return aside
 
 
 class SessionLog:
@@ -260,6 +243,10 @@ class SessionLog:
         """Begin; see `SessionJournal.open`."""
         self._last = self._journal.open(opening)
 
+    def go_on(self, recorded: RecordedSession) -> None:
+        """Go on behind what was read; see `SessionJournal.go_on`."""
+        self._last = self._journal.go_on(self._key, recorded)
+
     def add(self, *records: Record) -> None:
         """Append, in this order."""
         for record in records:
@@ -269,47 +256,3 @@ class SessionLog:
         """Wait until everything so far stands in the file."""
         if self._last is not None:
             await asyncio.wrap_future(self._last)
-
-
-def _records(data: bytes) -> Iterator[tuple[Record, int]]:
-    """Whole records, each with the place behind it."""
-    start = 0
-    while start + _FRAME.size <= len(data):
-        length, checksum = _FRAME.unpack_from(data, start)
-        start += _FRAME.size
-        payload = data[start : start + length]
-        if len(payload) < length or zlib.crc32(payload) != checksum:
-            return
-        start += length
-        try:
-            yield _decoder.decode(payload), start
-        except msgspec.MsgspecError:
-            return
-
-
-def frames_record(frames: list[np.ndarray], t_ns: list[int] | None) -> list[Frames]:
-    """Records of uint8 [H, W, 3] frames; neighbours of one size share one."""
-    records: list[Frames] = []
-    first = 0
-    for end in range(1, len(frames) + 1):
-        if end == len(frames) or frames[end].shape != frames[first].shape:
-            group = np.stack(frames[first:end])
-            stamps = None if t_ns is None else t_ns[first:end]
-            n, h, w, channels = group.shape
-            records.append(Frames(shape=(n, h, w, channels), pixels=group.tobytes(), t_ns=stamps))
-            first = end
-    return records
-
-
-def segment_record(chunk: ActionChunk) -> Segment:
-    """A chunk as it was answered."""
-    return Segment(
-        segment=chunk.segment,
-        actions=np.ascontiguousarray(chunk.actions, np.float32).tobytes(),
-        observed_frames=chunk.observed_frames,
-        seed=chunk.seed,
-        head=chunk.head,
-        profile=chunk.profile,
-        profile_reason=chunk.profile_reason,
-        hold=chunk.hold,
-    )

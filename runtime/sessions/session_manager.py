@@ -9,29 +9,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from functools import partial
 
 import msgspec
 
 from worldvln_edge.protocol import UNSET, Actions, Bye, Limits, Observe, ProtocolError, SessionState, Start
-from worldvln_edge.runtime.doors.implicit_session import ImplicitAnswer, ImplicitCall, ImplicitCallRunner
-from worldvln_edge.runtime.doors.request_rate import RequestRate
+from worldvln_edge.runtime.sessions.admission import Admission
 from worldvln_edge.runtime.sessions.ahead_worker import AheadWorker
-from worldvln_edge.runtime.sessions.chained_session import ChainedSession, SettledRule, chained_horizon
+from worldvln_edge.runtime.sessions.chained_session import SettledRule
 from worldvln_edge.runtime.sessions.device_queue import DeviceQueue, Ticket
 from worldvln_edge.runtime.sessions.envelope import Envelope, EnvelopeConfig
+from worldvln_edge.runtime.sessions.implicit_session import ImplicitAnswer, ImplicitCall, ImplicitCallRunner
+from worldvln_edge.runtime.sessions.live_session import LiveSession, SessionKey
 from worldvln_edge.runtime.sessions.memory_budget import plan_budget
 from worldvln_edge.runtime.sessions.meter import Meter, NoMeter
-from worldvln_edge.runtime.sessions.observation import PATIENCE_S, ObservationRunner, internal_error, on_device
-from worldvln_edge.runtime.sessions.policy import Emit, Policy, PolicySession
-from worldvln_edge.runtime.sessions.session_journal import Opening, RecordedSession, SessionJournal, SessionLog
-from worldvln_edge.runtime.sessions.session_table import LiveSession, SessionKey, SessionTable
+from worldvln_edge.runtime.sessions.observation import ObservationRunner
+from worldvln_edge.runtime.sessions.policy import Policy
+from worldvln_edge.runtime.sessions.request_rate import RequestRate
+from worldvln_edge.runtime.sessions.session_journal import SessionJournal
+from worldvln_edge.runtime.sessions.session_opening import SessionOpener, SessionStart
+from worldvln_edge.runtime.sessions.session_table import SessionTable
 from worldvln_edge.runtime.sessions.warm_up import WarmUpError
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,11 @@ _log = logging.getLogger(__name__)
 def new_session_name() -> str:
     """Name of a session that its client did not name: 128 random bits (7.2)."""
     return secrets.token_hex(16)
+
+
+def _ended(session: str, re: int) -> SessionState:
+    """Of a session that nobody knows."""
+    return SessionState(re=re, session=session, state="ended", frames=0, emitted=-1, need=0)
 
 
 async def _written(session: LiveSession | None) -> None:
@@ -87,15 +93,11 @@ class SessionManager:
             policy.session_bytes, limits, available_bytes=policy.available_bytes(), asked_bytes=session_memory_bytes
         )
         self.limits = msgspec.structs.replace(limits, max_stored_bytes=self.budget.frames_bytes)
-        self.is_ready = True
         self.meter: Meter = meter or NoMeter()
         self.request_rate = RequestRate(self.limits)
-        self._is_warming_up = self._is_closed = False
+        self._is_closed = False
         self._journal = journal
-        info = policy.info
-        self._policy_name = f"{info.name} {info.precision} {info.image_hw} {info.horizon}"
         self._device = DeviceQueue(device_workers)
-        self._device_workers = device_workers
         self._decoders = ThreadPoolExecutor(decode_workers, thread_name_prefix="decode")
         self._table = SessionTable(self.limits, budget=self.budget, clock=clock, on_drop=self._free)
         self._clock = clock
@@ -109,11 +111,15 @@ class SessionManager:
             None if envelope is None else Envelope(envelope, fps=policy.info.horizon.fps),
             settled,
         )
+        self._admission = Admission(self.limits, self._device, device_workers, self._observations.estimate, self.meter)
+        self._opener = SessionOpener(policy, self._device, self._table, journal, self._observations.settled, clock)
         self._calls = ImplicitCallRunner(policy.info.horizon, self._observations)
         self._ahead = AheadWorker(self._device, self._table)
-        self._admitted = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are let in."""
+        return self._admission.is_open
 
     @property
     def sessions(self) -> int:
@@ -123,7 +129,7 @@ class SessionManager:
     @property
     def queue(self) -> int:
         """Requests that wait for their turn, for decoding or for the device."""
-        return max(0, self._admitted - self._device.running)
+        return self._admission.waiting
 
     async def start(
         self, peer: str, request: Start, *, ticket: Ticket | None = None, notify: Callable[[Bye], None] | None = None
@@ -141,24 +147,27 @@ class SessionManager:
         """
         ticket = ticket or Ticket()
         key = (peer, request.session if request.session is not None else new_session_name())
-        async with self._admission(), self._table.turn(key):
+        self._ahead.stop(key)
+        async with self._admission.admit(), self._table.turn(key):
             if ticket.is_cancelled:
                 raise ProtocolError("cancelled", "cancelled before the session was started")
             if request.resume:
-                session = await self._restore(key, ticket) or self._table.get(key)
+                restored = await self._opener.restore(key, ticket)
+                session = restored or self._table.get(key)
                 session.notify = notify
-                return session.state(request.id)
-            session = await self._open(
-                key,
-                request.prompt or "",
-                seed=request.seed,
-                negative_prompt=request.negative_prompt,
-                emit=request.emit,
-                horizons=self._horizons(request),
-                ticket=ticket,
-                notify=notify,
-            )
-            self._ahead.begin(session)
+                if restored or session.has_more_ahead:
+                    self._ahead.begin(session)
+            else:
+                start = SessionStart(
+                    prompt=request.prompt or "",
+                    seed=request.seed,
+                    negative_prompt=request.negative_prompt,
+                    emit=request.emit,
+                    horizons=self._horizons(request),
+                )
+                session = await self._opener.open(key, start, ticket, notify)
+                self._ahead.begin(session)
+            await _written(session)
             return session.state(request.id)
 
     def _horizons(self, request: Start) -> int | None:
@@ -169,109 +178,6 @@ class SessionManager:
         if request.max_horizons is not None and request.max_horizons > most:
             raise ProtocolError("invalid_field", f"max_horizons must be 1..{most}, found {request.max_horizons}")
         return request.max_horizons or most
-
-    async def _open(
-        self,
-        key: SessionKey,
-        prompt: str,
-        *,
-        seed: int,
-        negative_prompt: str,
-        emit: Emit,
-        ticket: Ticket,
-        horizons: int | None = None,
-        notify: Callable[[Bye], None] | None = None,
-        recorded: RecordedSession | None = None,
-    ) -> LiveSession:
-        """A new session in the table, in place of one of the same key; when it is refused, the old one stays.
-
-        With `recorded` it goes on where that one was left, and in its journal.
-        """
-        open_session: Callable[..., PolicySession] = self.policy.new_session
-        horizon = self.policy.info.horizon
-        if horizons is not None:
-            open_session = partial(ChainedSession, self.policy, horizons=horizons)
-            horizon = chained_horizon(horizon, horizons)
-
-        def begin() -> PolicySession:
-            found = open_session(prompt, seed=seed, negative_prompt=negative_prompt, emit=emit)
-            if recorded is not None:
-                found.restore(recorded.frames, recorded.emitted)
-            return found
-
-        with self._table.reserve(key):
-            policy_session = await on_device(
-                self._device,
-                begin,
-                ticket=ticket,
-                priority=self._now() + PATIENCE_S,
-                session=key,
-            )
-            if ticket.is_cancelled:
-                self._close_later(policy_session)
-                raise ProtocolError("cancelled", "cancelled; no session was started")
-            session = LiveSession(
-                key=key,
-                policy_session=policy_session,
-                horizon=horizon,
-                still_steps=None if horizons is None else 0,
-                seed=seed,
-                last_used=self._clock(),
-                most_bytes=self.policy.session_bytes,
-                notify=notify,
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-            )
-            self._table.add(session)
-            if recorded is not None:
-                self._go_on(session, recorded)
-            if self._journal is not None:
-                session.log = SessionLog(self._journal, key)
-                if recorded is None:
-                    session.log.open(
-                        Opening(
-                            peer=key[0],
-                            name=key[1],
-                            prompt=prompt,
-                            seed=seed,
-                            negative_prompt=negative_prompt,
-                            emit=emit,
-                            horizons=horizons,
-                            policy=self._policy_name,
-                        )
-                    )
-            return session
-
-    async def _restore(self, key: SessionKey, ticket: Ticket) -> LiveSession | None:
-        """The session as its journal tells it, if it is not here but has one; before a crash it was here."""
-        if self._journal is None or self._table.find(key) is not None:
-            return None
-        recorded = await asyncio.wrap_future(self._journal.read(key))
-        if recorded is None or recorded.opening.policy != self._policy_name:
-            return None
-        opening, settings = recorded.opening, recorded.settings
-        return await self._open(
-            key,
-            settings.prompt,
-            seed=settings.seed,
-            negative_prompt=settings.negative_prompt,
-            emit=opening.emit,
-            ticket=ticket,
-            horizons=opening.horizons,
-            recorded=recorded,
-        )
-
-    def _go_on(self, session: LiveSession, recorded: RecordedSession) -> None:
-        """Take over what the table knows of a session besides its policy session."""
-        now_s = self._now()
-        session.chunks, session.capture_ns = dict(recorded.chunks), dict(recorded.capture_ns)
-        session.stored_s = {index: now_s for index in range(1, len(recorded.frames) + 1)}
-        session.waiting_frames = recorded.frames[session.frames_seen :]
-        session.refresh()
-        if session.still_steps is not None:
-            for segment in sorted(session.chunks):
-                actions = session.chunks[segment].actions
-                session.still_steps = self._observations.settled.still_steps(session.still_steps, actions)
 
     async def call(
         self, peer: str, call: ImplicitCall, *, ticket: Ticket | None = None, arrived_s: float | None = None
@@ -290,22 +196,18 @@ class SessionManager:
         arrived_s = self._now() if arrived_s is None else arrived_s
         key, ticket = (peer, call.session), ticket or Ticket()
         self._ahead.stop(key)
-        async with self._admission(), self._short_queue(key), self._table.turn(key):
-            before = await self._restore(key, ticket) or self._table.use(key)
+        async with self._admission.admit(), self._short_queue(key), self._table.turn(key):
+            restored = None if call.starts_afresh else await self._opener.restore(key, ticket)
+            before = restored or self._table.use(key)
+            start = SessionStart(
+                prompt=call.prompt or "",
+                seed=call.seed or 0,
+                negative_prompt=call.negative_prompt or "",
+                reply=call.reply,
+            )
             try:
                 answer = await self._calls.run(
-                    before,
-                    call,
-                    lambda: self._open(
-                        key,
-                        call.prompt or "",
-                        seed=call.seed or 0,
-                        negative_prompt=call.negative_prompt or "",
-                        emit="ahead",
-                        ticket=ticket,
-                    ),
-                    ticket,
-                    arrived_s,
+                    before, call, lambda: self._opener.open(key, start, ticket), ticket, arrived_s
                 )
             except ProtocolError as error:
                 held = self._table.find(key)
@@ -350,7 +252,7 @@ class SessionManager:
         arrived_s = self._now() if arrived_s is None else arrived_s
         key = (peer, request.session)
         self._ahead.stop(key)
-        async with self._admission(), self._table.turn(key):
+        async with self._admission.admit(), self._table.turn(key):
             session = self._table.get(key)
             session.notify = notify or session.notify
             try:
@@ -375,24 +277,26 @@ class SessionManager:
             ended = self._table.remove(key)
             if self._journal is not None:
                 await asyncio.wrap_future(self._journal.forget(key))
-            if ended is None:
-                return SessionState(re=re, session=session, state="ended", frames=0, emitted=-1, need=0)
-            return ended.state(re, "ended")
+            return _ended(session, re) if ended is None else ended.state(re, "ended")
 
-    def state(self, peer: str, session: str, re: int) -> SessionState:
+    async def state(self, peer: str, session: str, re: int) -> SessionState:
         """The session as it stands now, without waiting for its turn; `ended` if there is none."""
         found = self._table.find((peer, session))
         if found is None:
-            return SessionState(re=re, session=session, state="ended", frames=0, emitted=-1, need=0)
-        return found.state(re)
+            return _ended(session, re)
+        state = found.state(re)
+        await _written(found)
+        return state
 
     def expire(self) -> int:
         """Drop sessions idle longer than session_ttl_s; returns how many. A server calls it every few seconds."""
+        if self._journal is not None and not self._is_closed:
+            self._journal.forget_old()
         return self._table.expire()
 
     def begin_warm_up(self) -> None:
         """Refuse requests with `not_ready` until `warm_up` has returned."""
-        self.is_ready, self._is_warming_up = False, True
+        self._admission.begin_warm_up()
 
     async def warm_up(self, fly: Callable[[Policy], object]) -> None:
         """Run first flights on a device thread, then be ready.
@@ -405,21 +309,16 @@ class SessionManager:
         except Exception as error:  # the boundary to foreign code: an engine may raise anything
             _log.error("the first flight failed", exc_info=error)
             raise WarmUpError(error) from error
-        if self._is_warming_up:  # and was not told to end in the meantime
-            self.is_ready, self._is_warming_up = True, False
+        self._admission.end_warm_up()
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new work and wait for the admitted work; False if some was left after the time-out."""
-        self.is_ready = self._is_warming_up = False
-        try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
-        except asyncio.TimeoutError:
-            return False
-        return True
+        self._admission.close()
+        return await self._admission.drained(timeout_s)
 
     def close(self) -> None:
         """Free every session and let the worker threads end."""
-        self.is_ready = False
+        self._admission.close()
         self._ahead.close()
         self._is_closed = True
         self._table.clear()
@@ -432,50 +331,9 @@ class SessionManager:
     def _now() -> float:
         return asyncio.get_running_loop().time()
 
-    @asynccontextmanager
-    async def _admission(self) -> AsyncIterator[None]:
-        """Count a request in, or refuse it; whatever the policy raises leaves as `internal`."""
-        try:
-            self._check_admission()
-            self._admitted += 1
-            self._idle.clear()
-            try:
-                yield
-            except ProtocolError:
-                raise
-            except Exception as error:  # a fault of this code, or of an image library, is answered too
-                raise internal_error(error) from None
-            finally:
-                self._admitted -= 1
-                if self._admitted == 0:
-                    self._idle.set()
-        except ProtocolError as error:
-            self.meter.refused(error.code)
-            raise
-
-    def _check_admission(self) -> None:
-        if self._is_warming_up:
-            raise ProtocolError("not_ready", "the server is warming up; send it again in a moment", retry_ms=1000)
-        if not self.is_ready:
-            raise ProtocolError("overloaded", "the server is shutting down; connect again in a moment", retry_ms=2000)
-        if self.queue >= self.limits.max_queue:
-            wait_s = self._observations.estimate.seconds * self.queue / self._device_workers
-            raise ProtocolError(
-                "overloaded", f"{self.queue} requests are waiting", retry_ms=max(1, math.ceil(wait_s * 1e3))
-            )
-
     def _free(self, session: LiveSession) -> None:
         if self._journal is not None and not self._is_closed:  # after a restart, sessions are wanted again
             self._journal.forget(session.key)
         session.waiting_frames.clear()
         self._device.forget(session.key)
-        self._close_later(session.policy_session)
-
-    def _close_later(self, session: PolicySession) -> None:
-        def close() -> None:
-            try:
-                session.close()
-            except (RuntimeError, ValueError, OSError) as error:
-                _log.warning("a session's buffers could not be freed", exc_info=error)
-
-        self._device.submit_background(close)
+        self._opener.close_later(session.policy_session)

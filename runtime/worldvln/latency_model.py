@@ -72,7 +72,6 @@ class DeadlineChooser:
     def __init__(self, model: LatencyModel, profiles: Mapping[str, GenerationProfile], window: int = 8):
         self._model, self._profiles = model, profiles
         self._ratios: deque[float] = deque(maxlen=window)
-        self._frame_s: deque[float] = deque(maxlen=window)
 
     @property
     def correction(self) -> float:
@@ -113,14 +112,6 @@ class DeadlineChooser:
         measured = self._model.seconds(profile, segment)
         if measured:
             self._ratios.append(seconds / measured)
-
-    def add_frames(self, count: int, seconds: float) -> None:
-        """Frames were taken, encoded and decoded in that time."""
-        self._frame_s.append(seconds / count)
-
-    def seconds_of_frames(self, count: int) -> float:
-        """Expected time to take that many frames; 0 until some were taken."""
-        return count * statistics.median(self._frame_s) if self._frame_s else 0.0
 
     def _candidates(self, ceiling: GenerationProfile, segment: int) -> list[tuple[GenerationProfile, float]]:
         most = self.seconds(ceiling, segment)

@@ -14,7 +14,6 @@ import numpy as np
 
 from worldvln_edge.generation_profile import GenerationProfile
 from worldvln_edge.runtime.engines.engine import Tensor
-from worldvln_edge.runtime.sessions.policy import NonFiniteActionsError
 from worldvln_edge.runtime.worldvln.stage_clock import StageClock
 from worldvln_edge.runtime.worldvln.video_stream import FeatureDecoder, State
 from worldvln_edge.runtime.worldvln.world_model import GeneratedClip, WorldModelDriver
@@ -37,9 +36,14 @@ class GeneratedSegment:
     segment: int
     profile: GenerationProfile
     clips: tuple[GeneratedClip, ...]
-    actions: np.ndarray  # float32 [step, 6], cm and deg
+    actions: np.ndarray  # float32 [step, 6], cm and deg; NaN or infinity where the model gave that
     tokens: np.ndarray  # [F, N, D] of the context frames and the segment's
     decoder_state: State  # after the segment
+
+    @property
+    def is_finite(self) -> bool:
+        """Are the actions numbers?"""
+        return bool(np.isfinite(self.actions).all())
 
     @property
     def held(self) -> Iterator[Tensor]:
@@ -68,9 +72,6 @@ def generate_segment(
         profile: how deep.
         record: keep bits and probabilities.
         clock: of the stages.
-
-    Raises:
-        NonFiniteActionsError: the action decoder gave NaN or infinity.
     """
     indices = policy.clips_of(segment)
     with clock("world_model_context"):
@@ -92,8 +93,6 @@ def generate_segment(
         tokens = np.concatenate([basis.context_tokens, policy.tokens(features)])
         points = policy.config.horizon.points
         actions = policy.actions(tokens, points[segment], points[segment + 1])
-    if not np.isfinite(actions).all():
-        raise NonFiniteActionsError(f"segment {segment}: the action decoder gave NaN or infinity")
     return GeneratedSegment(
         segment=segment, profile=profile, clips=tuple(clips), actions=actions, tokens=tokens, decoder_state=after
     )

@@ -207,7 +207,19 @@ class Speculator:
         except BaseException:
             self.drop()
             raise
+        if self._guess.result is not None and not self._guess.result.is_finite:
+            self.drop()
+            return False
         return not self._guess.is_done
+
+    def may_answer(self, segment: int, *, seed: int, profile: GenerationProfile) -> bool:
+        """Is a guess for this segment finished? Only its frames can tell whether it will be taken."""
+        guess = self._guess
+        return (
+            guess is not None
+            and guess.result is not None
+            and (guess.segment, guess.seed, guess.profile) == (segment, seed, profile)
+        )
 
     def take(
         self, segment: int, *, seed: int, profile: GenerationProfile, clips: Sequence[ObservedClip]
@@ -241,8 +253,8 @@ class Speculator:
             self.report.added_s += dropped.spent_s
             self.report.added_token_steps += dropped.token_steps
 
-    def close(self) -> None:
-        """The flight is over."""
+    def forget(self) -> None:
+        """Nothing follows from what was emitted last."""
         self.drop()
         self._before = None
 

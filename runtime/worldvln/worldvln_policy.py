@@ -24,8 +24,9 @@ from worldvln_edge.runtime.engines.backends import Backend, BackendName, host_ba
 from worldvln_edge.runtime.engines.engine import Engine, Tensor
 from worldvln_edge.runtime.sessions.policy import Emit, PolicyInfo
 from worldvln_edge.runtime.worldvln import graphs
+from worldvln_edge.runtime.worldvln.flight_times import FlightTimes
 from worldvln_edge.runtime.worldvln.kv_cache import KVWorkspace
-from worldvln_edge.runtime.worldvln.latency_model import DeadlineChooser, LatencyModel, read_model
+from worldvln_edge.runtime.worldvln.latency_model import DeadlineChooser, LatencyModel, graphs_sha256, read_model
 from worldvln_edge.runtime.worldvln.scale_tables import ScaleTables
 from worldvln_edge.runtime.worldvln.session_memory import SessionMemory, bundle_session_memory
 from worldvln_edge.runtime.worldvln.speculation import SpeculationConfig
@@ -97,6 +98,7 @@ class WorldVLNPolicy:
                 )
         self.profile = find_profile(self.profiles, profile)
         self.chooser = None if latency is None else DeadlineChooser(latency, self.profiles)
+        self.times = FlightTimes()
         self.speculation = speculation
         self.tables = ScaleTables(self.config)
         self.texts = TextCache()
@@ -111,6 +113,7 @@ class WorldVLNPolicy:
             device=self.backend.device,
             horizon=self.config.horizon,
             image_hw=self.config.image_hw,
+            weights=graphs_sha256(manifest),
         )
 
     def new_session(

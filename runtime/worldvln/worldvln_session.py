@@ -1,8 +1,7 @@
 """One flight of WorldVLN: a prompt, its frames in order, and everything that was computed from them.
 
-The walk of a frame: preprocess -> VAE encoder -> bit labels -> VAE decoder, as soon as a latent frame is complete; when
-a clip is: its keys and values; then, when a segment is ready: generate its clips -> VAE decoder -> adapter ->
-TimesFormer windows -> actions. What only later segments need waits for `work_ahead`.
+The walk of a frame: it is observed (`observed_frames.py`); then, when a segment is ready: generate its clips -> VAE
+decoder -> adapter -> TimesFormer windows -> actions. What only later segments need waits for `work_ahead`.
 Source: spec/world_model.md 7, 9.2; spec/video_vae.md 8; spec/action_decoder.md 4, 10; spec/session_protocol.md 2.6.
 """
 
@@ -14,17 +13,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from worldvln_edge.images import check_rgb, transform
 from worldvln_edge.runtime.engines.engine import Tensor
-from worldvln_edge.runtime.sessions.policy import ActionChunk, Emit, check_restorable
-from worldvln_edge.runtime.worldvln import graphs
+from worldvln_edge.runtime.sessions.policy import (
+    ActionChunk,
+    Emit,
+    NonFiniteActionsError,
+    TooLateError,
+    check_due,
+    check_restorable,
+)
 from worldvln_edge.runtime.worldvln.kv_cache import KVCache
-from worldvln_edge.runtime.worldvln.multiscale import ObservedClip, join_parts, quantise
+from worldvln_edge.runtime.worldvln.multiscale import ObservedClip
+from worldvln_edge.runtime.worldvln.observed_frames import ObservedFrames
 from worldvln_edge.runtime.worldvln.segment_generation import Basis, GeneratedSegment, generate_segment
 from worldvln_edge.runtime.worldvln.session_memory import held_bytes
 from worldvln_edge.runtime.worldvln.speculation import SpeculationReport, Speculator
 from worldvln_edge.runtime.worldvln.stage_clock import StageClock
-from worldvln_edge.runtime.worldvln.video_stream import FeatureDecoder, FrameEncoder
 from worldvln_edge.runtime.worldvln.world_model import GeneratedClip, WorldModelDriver, run_to_end
 
 if TYPE_CHECKING:
@@ -46,21 +50,14 @@ class WorldVLNSession:
         self._config = policy.config
         self._prompt, self._negative_prompt = prompt, negative_prompt
         self._seed, self._emit, self._record = seed, emit, record
-        self._encoder = FrameEncoder(policy.engines, self._config.video_vae.temporal_stride)
-        self._decoder = FeatureDecoder(policy.engines)
         self._driver = WorldModelDriver(
             policy.engines, policy.tables, KVCache(policy.workspace), step_engines=policy.step_engines
         )
-        self._latents: list[np.ndarray] = []  # encoded, not yet part of an observed clip
-        self._parts: list[ObservedClip] = []  # of the clip that is being observed
-        self._clips: list[ObservedClip] = []
-        tokens = policy.input_dtype(graphs.ACTION_HEAD, "tokens")
-        self._context_tokens = np.zeros((0, *self._token_shape), tokens)
         self._clock = StageClock()
+        self._seen = ObservedFrames(policy, self._driver, self._clock)
         self._speculator = Speculator(policy)
         self.profile = policy.profile
         """How deep the segments still to come are generated; may be replaced by another of `policy.profiles`."""
-        self.frames = 0
         self.emitted = -1
         self.last_segment_s = 0.0
         """What the last segment took, from encoded frames to actions."""
@@ -68,14 +65,13 @@ class WorldVLNSession:
         """The clips behind the last action chunk; their bits only with `record` (recorder, parity tests)."""
 
     @property
-    def _token_shape(self) -> tuple[int, int]:
-        head = self._config.action_decoder.latent_head
-        return head.tokens_per_frame, head.width
+    def frames(self) -> int:
+        return self._seen.count
 
     @property
     def observed_clips(self) -> tuple[ObservedClip, ...]:
         """Bit labels and codes of the clips that the next segment rests on (recorder, parity tests)."""
-        return tuple(self._clips)
+        return tuple(self._seen.clips)
 
     @property
     def stored_scales(self) -> tuple[tuple[int, int], ...]:
@@ -93,10 +89,7 @@ class WorldVLNSession:
         return held_bytes(self._held())
 
     def _held(self) -> Iterator[Tensor]:
-        yield from (*self._encoder.held, *self._decoder.held, *self._driver.held)
-        yield from (*self._latents, self._context_tokens)
-        for clip in (*self._parts, *self._clips):
-            yield from clip.arrays
+        yield from (*self._seen.held, *self._driver.held)
         for generated in self.last_prediction:
             yield from generated.arrays
         yield from self._speculator.held
@@ -113,8 +106,8 @@ class WorldVLNSession:
             "token_steps": self._driver.token_steps,
             "row_steps": self._driver.row_steps,
             "world_model_calls": self._driver.calls,
-            "frames_encoded": self._encoder.frames_encoded,
-            "latents_decoded": self._decoder.latents_decoded,
+            "frames_encoded": self._seen.encoder.frames_encoded,
+            "latents_decoded": self._seen.decoder.latents_decoded,
         }
 
     @property
@@ -149,24 +142,29 @@ class WorldVLNSession:
         """Free everything but the last prediction."""
         self._free_what_follows_would_need()
         self._driver.clear()
-        self._clips.clear()
-        self._parts.clear()
+        self._seen.clear()
 
     def _free_what_follows_would_need(self) -> None:
         """Keys and values, draws, convolution states; bit labels and codes stay (recorder, parity tests)."""
-        self._speculator.close()
+        self._speculator.forget()
         self._driver.finish()
-        self._encoder.finish()
-        self._decoder.finish()
-        self._latents.clear()
+        self._seen.finish()
 
-    def least_s(self, new_frames: int = 0) -> float | None:
-        """See `PolicySession.least_s`."""
-        chooser = self._policy.chooser
-        if chooser is None or self.done:
+    def least_s(self, new_frames: int = 0, *, with_new_settings: bool = False) -> float | None:
+        """See `PolicySession.least_s`; where a segment was generated ahead, it is what taking that one needs."""
+        if self.done:
             return None
-        least_s = chooser.least_seconds(self.profile, self.emitted + 1)
-        return None if least_s is None else least_s + chooser.seconds_of_frames(self._useful(new_frames))
+        frames_s = self._policy.times.frames_s(self._seen.useful(new_frames))
+        if self._may_be_there and not with_new_settings:
+            return frames_s + self._policy.times.guess_s
+        chooser = self._policy.chooser
+        least_s = None if chooser is None else chooser.least_seconds(self.profile, self.emitted + 1)
+        return None if least_s is None else least_s + frames_s
+
+    @property
+    def _may_be_there(self) -> bool:
+        """Was the next segment generated ahead?"""
+        return self._speculator.may_answer(self.emitted + 1, seed=self._seed, profile=self.profile)
 
     def observe(
         self,
@@ -184,6 +182,19 @@ class WorldVLNSession:
             left_s = None if budget_s is None else budget_s - spent_s
             return self._emit_segment(self.emitted + 1, left_s, should_stop)
 
+    def pass_over(self) -> None:
+        """See `PolicySession.pass_over`."""
+        check_due(self)
+        self.last_prediction = ()
+        self._speculator.forget()
+        self._count(self.emitted + 1)
+
+    def _count(self, segment: int) -> None:
+        """That segment is emitted."""
+        self.emitted = segment
+        if self.done:
+            self._free_what_follows_would_need()
+
     def restore(self, frames: Sequence[np.ndarray], emitted: int) -> None:
         """See `PolicySession.restore`."""
         check_restorable(self, frames, emitted)
@@ -194,31 +205,14 @@ class WorldVLNSession:
                 taken = points[segment]
                 if self.frames < taken:
                     raise ValueError(f"segment {emitted} cannot rest on {len(frames)} frames")
-                self.emitted = segment
+                self._count(segment)
             self._take_frames(frames[taken:])
         self._clock.take()  # nobody waited for a segment here
 
     def _take_frames(self, frames: Sequence[np.ndarray]) -> bool:
-        """Encode what is new. Is the next segment ready?"""
-        horizon = self._config.horizon
-        for frame in frames:
-            check_rgb(frame)
-        start, encoded = time.perf_counter(), self._encoder.frames_encoded
-        with self._clock("preprocess"):
-            ready = [transform(frame, self._config.image_hw) for frame in frames[: self._useful(len(frames))]]
-        with self._clock("vae_encoder"):
-            latents = self._encoder.push(ready)
-        self._latents += latents
-        self.frames = min(horizon.num_frames, self.frames + len(frames))
-        self._take_latents()
-        encoded = self._encoder.frames_encoded - encoded
-        if encoded and self._policy.chooser is not None:
-            self._policy.chooser.add_frames(encoded, time.perf_counter() - start)
+        """See `ObservedFrames.take`. Is the next segment ready?"""
+        self._seen.take(frames, segment=self.emitted + 1)
         return not self.done and self.need == 0
-
-    def _useful(self, new_frames: int) -> int:
-        """How many of the next frames are encoded: those behind the last segment's start are counted only."""
-        return min(new_frames, max(0, self._config.horizon.points[-2] - self.frames))
 
     def work_ahead(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """See `PolicySession.work_ahead`."""
@@ -235,8 +229,8 @@ class WorldVLNSession:
                 return False  # frames are ahead of what could be predicted
             return self._speculator.advance(
                 self._driver,
-                self._decoder,
-                observed_clips=len(self._clips),
+                self._seen.decoder,
+                observed_clips=len(self._seen.clips),
                 seed=self._seed,
                 profile=self.profile,
                 should_stop=should_stop,
@@ -246,70 +240,18 @@ class WorldVLNSession:
         self._driver.forget_text()
         self._speculator.drop()
 
-    def _take_latents(self) -> None:
-        """Quantise and decode what was encoded, up to where the next segment starts.
-
-        A segment rests on the frames up to its start, even when later ones are already here.
-        """
-        while not self.done:
-            end = self._policy.latent_end(self._config.horizon.points[self.emitted + 1])
-            taken = self._taken
-            clip = self._policy.tables.schedule.clips[len(self._clips)]
-            # Features are needed of the last frames in front of a segment only, so the others are decoded apart.
-            tail = max(0, end - self._context_latents)
-            borders = [border for border in (1, clip.frame_slice.stop, tail, end) if border > taken]
-            count = min([*(border - taken for border in borders), len(self._latents)]) if taken < end else 0
-            if count == 0:
-                return
-            self._take(count, with_tokens=taken >= tail)
-
-    def _take(self, count: int, *, with_tokens: bool) -> None:
-        schedule = self._policy.tables.schedule
-        clip = schedule.clips[len(self._clips)]
-        scales = schedule.scales_referred_to(clip.index)
-        with self._clock("quantiser"):
-            part = quantise(np.stack(self._latents[:count], 1), clip, self._config.world_model, scales=scales)
-        with self._clock("vae_decoder"):
-            features, decoder_state = self._decoder.decode(part.codes)
-        tokens = self._context_tokens
-        if with_tokens:
-            with self._clock("action_decoder"):
-                new = self._policy.tokens(features)
-                tokens = np.concatenate([tokens, new])[-self._config.action_decoder.left_context :]
-        # Everything was computed, so everything is taken over.
-        del self._latents[:count]
-        self._parts.append(part)
-        self._decoder.go_on_from(decoder_state)
-        self._context_tokens = tokens
-        if sum(part.codes.shape[1] for part in self._parts) == clip.frames:
-            observed = join_parts(self._parts)
-            self._clips.append(observed)
-            self._parts.clear()
-            self._driver.observe(observed)
-
-    @property
-    def _taken(self) -> int:
-        """Latent frames that were quantised and decoded."""
-        whole = self._policy.tables.schedule.clips[len(self._clips)].first_frame
-        return whole + sum(part.codes.shape[1] for part in self._parts)
-
-    @property
-    def _context_latents(self) -> int:
-        """Latent frames that hold the context frames of a segment."""
-        return -(-self._config.action_decoder.left_context // self._config.video_vae.temporal_stride)
-
     def _emit_segment(self, segment: int, budget_s: float | None, should_stop: Callable[[], bool]) -> ActionChunk:
         start = time.perf_counter()
-        made, reason = self._speculator.take(segment, seed=self._seed, profile=self.profile, clips=self._clips)
+        was_there = self._may_be_there
+        made, reason = self._speculator.take(segment, seed=self._seed, profile=self.profile, clips=self._seen.clips)
         was_ready = made is not None
         if made is None:
+            if was_there and budget_s is not None:
+                self._check_time(segment, budget_s - (time.perf_counter() - start))
             made, reason = self._generated(segment, budget_s, should_stop, start)
-        self.emitted, self.last_prediction = segment, made.clips
-        self.last_segment_s = time.perf_counter() - start
-        self._speculator.follow(made)
-        if self.done:
-            self._free_what_follows_would_need()
-        return ActionChunk(
+        took_s = time.perf_counter() - start
+        (self._policy.times.add_guess if was_ready else self._policy.times.add_segment)(took_s)
+        chunk = ActionChunk(
             segment=segment,
             actions=made.actions,
             observed_frames=self.frames,
@@ -319,6 +261,20 @@ class WorldVLNSession:
             was_ready=was_ready,
             timings_ms=self._clock.take(),
         )
+        if not made.is_finite:
+            raise NonFiniteActionsError(chunk)
+        self.last_prediction, self.last_segment_s = made.clips, took_s
+        self._speculator.follow(made)
+        self._count(segment)
+        return chunk
+
+    def _check_time(self, segment: int, left_s: float) -> None:
+        """The request was let in because the segment might have been there; is there time for one that is not?"""
+        chooser = self._policy.chooser
+        least_s = None if chooser is None else chooser.least_seconds(self.profile, segment)
+        needs_s = self._policy.times.segment_s if least_s is None else least_s
+        if needs_s > left_s:
+            raise TooLateError(needs_s)
 
     def _generated(
         self, segment: int, budget_s: float | None, should_stop: Callable[[], bool], start: float
@@ -329,7 +285,7 @@ class WorldVLNSession:
             choice = chooser.choose(profile, segment, budget_s)
             profile, reason = choice.profile, choice.reason
         self._prepare_text()
-        basis = Basis(driver=self._driver, decoder=self._decoder, context_tokens=self._context_tokens)
+        basis = Basis(driver=self._driver, decoder=self._seen.decoder, context_tokens=self._seen.context_tokens)
         steps = generate_segment(
             self._policy,
             basis,

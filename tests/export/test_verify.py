@@ -176,9 +176,9 @@ def test_another_checkpoint_is_refused(tiny_bundle: Path, tmp_path: Path):
 def test_flight_that_treats_its_frames_differently_is_found(
     tiny_bundle: Path, source: CheckpointSource, monkeypatch: pytest.MonkeyPatch
 ):
-    from worldvln_edge.runtime.worldvln import worldvln_session
+    from worldvln_edge.runtime.worldvln import observed_frames
 
-    monkeypatch.setattr(worldvln_session, "transform", lambda frame, hw: -transform(frame, hw)[:, :, ::-1])
+    monkeypatch.setattr(observed_frames, "transform", lambda frame, hw: -transform(frame, hw)[:, :, ::-1])
     assert failed_stages(tiny_bundle, source) == ["flight"]
 
 

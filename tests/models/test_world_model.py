@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from worldvln_edge.config import ConfigError, GenerationConfig, ScheduleConfig, WorldModelConfig
-from worldvln_edge.models.attention_mask import all_scales, document_matrix, training_mask, training_rope, visual_tokens
+from worldvln_edge.models.attention_mask import RowLayout, all_scales, document_matrix, lay_out
 from worldvln_edge.models.generation import TextCondition, generate, generate_clip
 from worldvln_edge.models.guidance import adaptive_projected_guidance, classifier_free_guidance
 from worldvln_edge.models.key_values import MissingReferenceError
@@ -86,11 +86,9 @@ def _encode(schedule: ScaleSchedule, features: torch.Tensor, strength: float = 0
 def _training_logits(model, schedule, scales, text_BLt, text_tokens_B, keys=None):
     """Logits per scale of a training forward on the given encoded scales."""
     latents = torch.cat([scale.input_BLC for scale in scales], 1)
-    length = visual_tokens(schedule, keys) + text_BLt.shape[1] + 3
     ids = [int(scale.real_scale_id_B[0]) for scale in scales]
-    rope = training_rope(schedule, ids, text_BLt.shape[1], length, CONFIG, keys)
-    mask = training_mask(schedule, text_tokens_B, length, keys)
-    hidden = model(latents, text_BLt, rope, mask)
+    layout = lay_out([[RowLayout(schedule, tokens, keys, ids)] for tokens in text_tokens_B], CONFIG)
+    hidden = model(latents, text_BLt, layout.rope_B2Ln, layout.mask.dense())
     parts = hidden.split([scale.input_BLC.shape[1] for scale in scales], 1)
     semantic = schedule.config.semantic_scales
     return [model.logits(part, scale.scale < semantic) for part, scale in zip(parts, scales, strict=True)]
@@ -269,21 +267,18 @@ def test_rows_may_have_their_own_rotation_table(model, features, text):
     schedule = _schedule()
     scales = _encode(schedule, features)
     latents = torch.cat([scale.input_BLC for scale in scales], 1)
-    length = latents.shape[1] + 5
-    rope = training_rope(schedule, [int(s.real_scale_id_B[0]) for s in scales], 5, length, CONFIG)
-    mask = training_mask(schedule, [5, 5], length)
+    layout = lay_out([[RowLayout(schedule, 5)], [RowLayout(schedule, 5)]], CONFIG)
     with torch.no_grad():
-        shared = model(latents, text, rope, mask)
-        own = model(latents, text, torch.stack([rope, rope]), mask)
+        shared = model(latents, text, layout.rope_B2Ln[0], layout.mask.dense())
+        own = model(latents, text, layout.rope_B2Ln, layout.mask.dense())
     assert torch.equal(shared, own)
 
 
 def test_checkpointed_activations_give_the_same_gradients(model, features, text):
     schedule = _schedule()
     latents = torch.cat([scale.input_BLC for scale in _encode(schedule, features)], 1)
-    length = latents.shape[1] + 8
-    rope = training_rope(schedule, range(len(all_scales(schedule))), 5, length, CONFIG)
-    mask = training_mask(schedule, [5, 2], length)
+    layout = lay_out([[RowLayout(schedule, 5)], [RowLayout(schedule, 2)]], CONFIG)
+    rope, mask = layout.rope_B2Ln, layout.mask.dense()
     gradients = []
     for checkpointing in (False, True):
         model.zero_grad()
@@ -301,6 +296,7 @@ def test_heads_and_codes_stay_fp32_under_autocast(model, features):
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         hidden = model.embed_latents(torch.ones(1, 2, CONFIG.latent_channels))
         assert hidden.dtype == torch.bfloat16
+        assert model.project_text(torch.ones(1, 2, CONFIG.text_channels)).dtype == torch.bfloat16  # one stream
         assert model.logits(hidden, semantic=True).dtype == torch.float32
         assert torch.equal(encode_bits(target, clip, CONFIG)[1], expected)
 
@@ -337,25 +333,6 @@ def test_documents_see_what_the_rule_says():
     assert matrix[7].nonzero().flatten().tolist() == [1, 5, 7, text]  # clip 2: (1, 2), (0, 1), itself
     everything = document_matrix(_schedule(context_from_largest_no=0))
     assert torch.equal(everything[:9, :9], torch.ones(9, 9).tril().bool())
-
-
-def test_no_row_of_the_mask_is_empty_and_rows_differ_by_text_length():
-    schedule = _schedule()
-    mask = training_mask(schedule, [5, 0], visual_tokens(schedule) + 8)
-    assert mask.any(-1).all()
-    visual = visual_tokens(schedule)
-    assert mask[0, 0, 0, visual:].tolist() == [True] * 5 + [False] * 3
-    assert not mask[1, 0, :visual, visual:].any()
-
-
-def test_rows_that_do_not_fit_are_refused():
-    schedule = _schedule()
-    with pytest.raises(ConfigError, match="does not fit into length 10"):
-        training_mask(schedule, [5], 10)
-    with pytest.raises(ConfigError, match="in its order"):
-        training_mask(schedule, [5], 100, [(1, 0), (0, 0)])
-    with pytest.raises(ConfigError, match="real scale id 5 is no repetition of clip 0 scale 0"):
-        training_rope(schedule, [5, *range(1, 9)], 2, 100, CONFIG)
 
 
 def test_encoding_refuses_features_of_another_clip(features):

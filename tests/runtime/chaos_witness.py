@@ -18,11 +18,15 @@ HEALTH_WITHIN_MS = 1000.0  # spec/session_protocol.md 9, item 5; the machine of 
 
 
 class Witness:
-    """A flight over WebSocket: begun before the chaos, it goes on after it, and health answered in between."""
+    """A flight: begun before the chaos, it goes on after it, and health answered in between.
 
-    def __init__(self, server: NullServerProcess):
+    Args:
+        url: where it flies; None: over WebSocket.
+    """
+
+    def __init__(self, server: NullServerProcess, url: str | None = None):
         self._server = server
-        self._client = SessionClient(server.url)
+        self._client = SessionClient(url or server.url)
         self._probe = HealthProbe("127.0.0.1", server.port, pause_s=0.05)
 
     def __enter__(self) -> "Witness":
@@ -77,11 +81,13 @@ class Line:
     def __exit__(self, *_) -> None:
         self._stack.close()
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes | str) -> None:
         self._socket_send(data)
 
     def hear(self):
         data = self._socket_receive()
+        if isinstance(data, str):
+            return decode_answer(data.encode(), "json")
         return decode_answer(data, "json" if data[:1] == b"{" else "msgpack")  # what looks like JSON is answered so
 
     def ask(self, request):

@@ -5,11 +5,13 @@ What is real is everything in front of them.
 
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 import pytest
+import zmq
 from fake_gpu import FakeMemory
 
 from worldvln_edge.bundle import Bundle, EngineEntry, file_entry, write_manifest
@@ -72,3 +74,19 @@ def with_engines(
 
     yield build
     tensorrt_log.cache_clear()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A short path: the name of a unix socket has at most 107 characters."""
+    path = Path(tempfile.mkdtemp(prefix="zmq-"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context]:
+    """Of ZeroMQ; its sockets are closed at the end."""
+    context = zmq.Context()
+    yield context
+    context.destroy(linger=0)

@@ -12,7 +12,7 @@ from PIL import Image
 from worldvln_edge.runtime.doors.http_door import PREDICT_PATH
 from worldvln_edge.runtime.doors.server import BackgroundServer
 from worldvln_edge.runtime.sessions.null_policy import NullPolicy, NullSession
-from worldvln_edge.runtime.sessions.policy import ActionChunk
+from worldvln_edge.runtime.sessions.policy import ActionChunk, NonFiniteActionsError
 
 
 def frame(value: int = 127) -> str:
@@ -20,6 +20,12 @@ def frame(value: int = 127) -> str:
     buffer = io.BytesIO()
     Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def nonfinite(segment: int = 0) -> NonFiniteActionsError:
+    """What a policy raises whose model gave NaN."""
+    actions = np.full((16, 6), np.nan, np.float32)
+    return NonFiniteActionsError(ActionChunk(segment=segment, actions=actions, observed_frames=1, seed=0))
 
 
 class HttpCalls:

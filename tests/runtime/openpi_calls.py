@@ -18,8 +18,10 @@ def pixels(*values: int) -> np.ndarray:
 class PolicyClient:
     """A client written from docs/protocol.md: one observation, one result."""
 
-    def __init__(self, server: BackgroundServer, path: str = "/openpi", **options: Any):
-        url = f"ws://127.0.0.1:{server.server.bound_port}{path}"
+    def __init__(self, server: BackgroundServer | int, path: str = "/openpi", **options: Any):
+        """Connect to a server, or to a port of this machine."""
+        port = server if isinstance(server, int) else server.server.bound_port
+        url = f"ws://127.0.0.1:{port}{path}"
         self._context = connect(url, compression=None, max_size=None, **options)
         self.socket = self._context.__enter__()
         self.metadata = msgspec.msgpack.decode(self.socket.recv(timeout=5))

@@ -15,7 +15,7 @@ from worldvln_edge.runtime.bench.bench import bench_bundle
 from worldvln_edge.runtime.bench.bench_flight import BenchConfig, fly_segments, synthetic_frames
 from worldvln_edge.runtime.bench.bench_plot import Bar, write_bar_plot
 from worldvln_edge.runtime.bench.bench_report import quantiles
-from worldvln_edge.runtime.bench.bench_table import Table
+from worldvln_edge.runtime.bench.report_table import Table
 from worldvln_edge.runtime.engines.engine_meter import EngineMeter
 from worldvln_edge.runtime.worldvln.worldvln_policy import load_policy
 

@@ -111,6 +111,29 @@ def test_a_stopped_first_segment_of_a_horizon_can_be_asked_for_again():
     assert (chunk.segment, chunk.observed_frames) == (2, 9)
 
 
+@pytest.mark.parametrize("emit", ["ahead", "behind"])
+def test_an_engine_that_fails_at_the_border_of_horizons_loses_no_frame(emit):
+    policy = SeeingPolicy()
+    session = ChainedSession(policy, "go", horizons=3, emit=emit)
+    for _ in range(2):
+        session.observe([picture(session.frames + 1 + index) for index in range(9 - session.frames)])
+    assert (session.frames, session.emitted) == (9, 1)  # full, and the next horizon has not begun
+
+    def fails(*args, **options):
+        raise RuntimeError("out of memory")
+
+    following = [picture(10), picture(11)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NullSession, "observe", fails)
+        with pytest.raises(RuntimeError):
+            session.observe(following)
+    assert (session.frames, session.emitted) == (9, 1)
+    assert session.need == (0 if emit == "ahead" else 4)
+    session.observe(following)
+    assert session.frames == 11
+    assert [one.seen for one in policy.opened] == [list(range(1, 10)), [9, 10, 11]]
+
+
 def actions(*sizes: float) -> np.ndarray:
     found = np.zeros((len(sizes), 6))
     found[:, 1] = sizes

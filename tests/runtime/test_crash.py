@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from crashing_server import SeeingPolicy
 from http_calls import frame
+from openpi_calls import PolicyClient, pixels
 
 from worldvln_edge.client import ServerError, SessionClient
 from worldvln_edge.runtime.doors.http_door import PREDICT_PATH
@@ -170,3 +171,108 @@ def test_http_sessions_survive_too(tmp_path):
             return server.port
 
         assert fly_over_http(crash) == expected
+
+
+@pytest.mark.parametrize("crashes", [1, 2])
+def test_http_call_that_is_repeated_after_the_crash_is_answered_from_memory(tmp_path, crashes):
+    first = {"images_base64": [frame(0)], "first_frame": 1, "instruction": "go", "seed": 3}
+    second = {"images_base64": [frame(value) for value in range(1, 17)], "first_frame": 2}
+    with KilledServer(tmp_path) as server:
+        post(server.port, **first)
+        answered = post(server.port, **second)
+        for _ in range(crashes):
+            server.kill()
+            server.start()
+            again = post(server.port, **second)
+            assert {**again, "timing": None} == {**answered, "timing": None}
+        assert answered["segment_index"] == 1
+        third = post(server.port, images_base64=[frame(value) for value in range(17, 33)], first_frame=18)
+    assert (third["segment_index"], third["num_received_frames"]) == (2, 33)
+
+
+def test_http_call_whose_answer_was_lost_in_the_crash_is_answered_when_it_is_repeated(tmp_path):
+    first = {"images_base64": [frame(0)], "first_frame": 1, "instruction": "go", "seed": 3}
+    second = {"images_base64": [frame(value) for value in range(1, 17)], "first_frame": 2}
+    with BackgroundServer(SeeingPolicy()) as server:
+        post(server.server.http_port, **first)
+        expected = post(server.server.http_port, **second)
+    server = KilledServer(tmp_path)
+    server.start(infer_s=0.5)
+    post(server.port, **first)
+    timer = threading.Timer(0.25, server.kill)
+    timer.start()
+    with pytest.raises((ConnectionError, http.client.HTTPException)):
+        post(server.port, **second)
+    timer.join()
+    server.start()
+    try:
+        answer = post(server.port, **second)
+    finally:
+        server.kill()
+    assert {**answer, "timing": None} == {**expected, "timing": None}
+
+
+def test_prompt_of_an_http_call_that_emitted_nothing_survives(tmp_path):
+    def fly(port_of_call) -> list:
+        post(port_of_call(), images_base64=[frame(0)], instruction="go", seed=3)
+        # Rule D: segment 1 is not due, so the policy is not asked, and does not hear of the prompt.
+        images = [frame(value) for value in range(1, 17)]
+        post(port_of_call(), images_base64=images, instruction="turn around", allow_future_segments=False)
+        return post(port_of_call(), images_base64=[frame(17)])["actions"]
+
+    with BackgroundServer(SeeingPolicy()) as server:
+        expected = fly(lambda: server.server.http_port)
+    assert len(expected) == 16
+    with KilledServer(tmp_path) as server:
+
+        def crash() -> int:
+            server.kill()
+            server.start()
+            return server.port
+
+        assert fly(crash) == expected
+
+
+def fly_over_openpi(port_of_call, count: int, *, repeat: bool = False) -> list:
+    """One frame a call, in `step` mode; each call over a connection of its own."""
+    results = []
+    for index in range(count):
+        observation = {"images": pixels(index), "session_id": "drone", "first_frame": 1 + index}
+        if index == 0:
+            observation |= {"prompt": "go", "seed": 3, "reply": "step"}
+        for _ in range(2 if repeat else 1):
+            with PolicyClient(port_of_call(index)) as client:
+                results.append(client.ask(**observation))
+    wanted = ("segment_index", "num_received_frames", "need_frames", "done")
+    return [([result[name] for name in wanted], result["actions"].tolist()) for result in results]
+
+
+def test_openpi_session_in_step_mode_goes_on_in_step_mode(tmp_path):
+    with BackgroundServer(SeeingPolicy()) as server:
+        expected = fly_over_openpi(lambda index: server.server.bound_port, 20)
+    assert all(len(actions) == 1 for _, actions in expected)
+    with KilledServer(tmp_path) as server:
+
+        def crash(index: int) -> int:
+            if index in (1, 9, 17):
+                server.kill()
+                server.start()
+            return server.port
+
+        assert fly_over_openpi(crash, 20) == expected
+
+
+def test_openpi_observation_that_is_repeated_after_the_crash_gets_the_same_result(tmp_path):
+    with BackgroundServer(SeeingPolicy()) as server:
+        expected = fly_over_openpi(lambda index: server.server.bound_port, 2)
+    calls = iter(range(4))
+    with KilledServer(tmp_path) as server:
+
+        def crash(index: int) -> int:
+            if next(calls) % 2:  # between an observation and its repetition
+                server.kill()
+                server.start()
+            return server.port
+
+        found = fly_over_openpi(crash, 2, repeat=True)
+    assert found == [expected[0], expected[0], expected[1], expected[1]]

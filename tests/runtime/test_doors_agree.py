@@ -3,6 +3,7 @@
 import base64
 import io
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from worldvln_edge.client import SessionClient
 from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.doors.zmq_config import ZmqConfig
 from worldvln_edge.runtime.worldvln.worldvln_policy import WorldVLNPolicy, load_policy
 
 PROMPT, SEED = "fly to the red tower", 11
@@ -35,13 +37,13 @@ def frames(points) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def server(policy):
-    with BackgroundServer(policy) as server:
+    with BackgroundServer(policy, zmq=ZmqConfig(endpoints=("tcp://127.0.0.1:*",))) as server:
         yield server
 
 
-def fly_natively(server: BackgroundServer, groups: list[np.ndarray]) -> np.ndarray:
+def fly_natively(server: BackgroundServer, groups: list[np.ndarray], **options: Any) -> np.ndarray:
     """All actions of a flight over the native protocol: float32 [F-1, 6]."""
-    with SessionClient(server.url, frame_format="rgb8") as client:
+    with SessionClient(options.pop("url", server.url), frame_format="rgb8", **options) as client:
         client.start(PROMPT, seed=SEED)
         answers = [client.observe(group) for group in groups]
     assert [answer.segment for answer in answers if answer.segment >= 0] == [0, 1, 2]
@@ -80,6 +82,17 @@ def http_flight(name: str, texts: list[str], points: tuple[int, ...]) -> list[tu
         ],
         "all at once": [(texts, {}), (texts[:1], {}), (texts[:1], {})],
     }[name]
+
+
+@pytest.mark.parametrize("encoding", ["msgpack", "json"])
+@pytest.mark.parametrize("transport", ["websocket", "zmq"])
+def test_every_native_transport_and_encoding_gives_the_same_actions(
+    server, points, frames, expected, transport, encoding
+):
+    url = server.url if transport == "websocket" else server.server.zmq_urls[0]
+    actions = fly_natively(server, np.split(frames[: points[2]], points[:2]), url=url, encoding=encoding)
+    assert np.isfinite(actions).all()
+    assert np.array_equal(actions, expected)
 
 
 @pytest.mark.parametrize("name", ["closed loop", "stream", "one by one", "prefix", "all at once"])

@@ -1,5 +1,6 @@
 """What is late, stale, not finite or too fast is never flown, and the reason is said."""
 
+import asyncio
 from dataclasses import replace
 
 import numpy as np
@@ -9,11 +10,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from worldvln_edge.client import SessionClient
-from worldvln_edge.config import ConfigError
+from worldvln_edge.config import ConfigError, HorizonConfig
+from worldvln_edge.protocol import Actions, Observe, Start
 from worldvln_edge.runtime.doors.server import BackgroundServer
 from worldvln_edge.runtime.sessions.envelope import Envelope, EnvelopeConfig, read_envelope
 from worldvln_edge.runtime.sessions.null_policy import NullPolicy, NullSession
 from worldvln_edge.runtime.sessions.policy import ActionChunk
+from worldvln_edge.runtime.sessions.session_journal import SessionJournal
+from worldvln_edge.runtime.sessions.session_manager import SessionManager
 
 FPS = 4
 NOTHING = np.zeros((0, 6), np.float32)
@@ -161,3 +165,63 @@ def test_late_actions_are_held():
         client.start("go")
         answer = client.observe([np.zeros((4, 4, 3), np.uint8)], deadline_ms=800)
         assert (answer.hold, answer.is_late) == ("late", True)
+
+
+class SteadySession(NullSession):
+    """Ten centimetres a step."""
+
+    def observe(self, frames, **options):
+        chunk = super().observe(frames, **options)
+        return chunk and replace(chunk, actions=steps(len(chunk.actions), cm=10))
+
+
+class SteadyPolicy(NullPolicy):
+    def new_session(self, prompt, *, seed=0, negative_prompt="", emit="ahead"):
+        return SteadySession(self, prompt, seed=seed, emit=emit)
+
+
+def test_a_second_may_be_longer_than_the_segment_before():
+    policy = SteadyPolicy(HorizonConfig(num_frames=9, step=2, fps=8))
+    with (
+        BackgroundServer(policy, envelope=EnvelopeConfig(second_cm=45)) as server,
+        SessionClient(server.url) as client,
+    ):
+        client.start("go")
+        frame = np.zeros((4, 4, 3), np.uint8)
+        holds = [client.observe([frame] * count).hold for count in (1, 2, 2)]
+    assert holds == [None, None, "speed"]  # the third ends a second in which 60 cm would be flown, 40 of them before
+
+
+def test_age_counts_from_arrival_and_not_from_the_end_of_the_wait():
+    def observe(first: int, count: int) -> Observe:
+        pixels = [np.zeros((4, 4, 3), np.uint8).tobytes()] * count
+        return Observe(id=first, session="s", first=first, frames=pixels, fmt="rgb8", w=4, h=4)
+
+    async def fly() -> Actions:
+        manager = SessionManager(NullPolicy(infer_s=0.5), envelope=EnvelopeConfig(age_s=0.9))
+        await manager.start("", Start(id=0, session="s", prompt="go"))
+        _, second = await asyncio.gather(*(manager.observe("", observe(*call)) for call in ((1, 1), (2, 16))))
+        manager.close()
+        return second
+
+    second = asyncio.run(fly())
+    assert (second.seg, second.hold) == (1, "stale")  # half a second behind the first segment, half for its own
+
+
+def test_a_drone_that_was_held_has_not_arrived(tmp_path):
+    frame = np.zeros((4, 4, 3), np.uint8)
+
+    def fly(start: dict, calls: tuple[int, ...]) -> tuple[list[bool], str]:
+        journal = SessionJournal(tmp_path)
+        with (
+            BackgroundServer(SteadyPolicy(), envelope=EnvelopeConfig(step_cm=5), journal=journal) as server,
+            SessionClient(server.url) as client,
+        ):
+            client.start(**start, prompt="go")
+            answers = [client.observe([frame] * count) for count in calls]
+            assert [answer.hold for answer in answers] == ["step_translation"] * len(calls)
+            return [answer.is_settled for answer in answers], client.session
+
+    settled, name = fly({"chain": True}, (1, 16))
+    assert settled == [False, False]
+    assert fly({"session": name, "resume": True}, (16,))[0] == [False]

@@ -272,3 +272,36 @@ def test_queue_remembers_nothing_of_sessions_that_are_gone():
         return len(manager._device._had_s)
 
     assert asyncio.run(scenario()) <= 4
+
+
+def test_sessions_that_come_once_do_not_keep_a_drone_waiting_however_many_they_are():
+    device_s, crowd = 0.0, 8
+
+    def work() -> None:
+        nonlocal device_s
+        device_s += INFER_S
+
+    async def scenario() -> list[int]:
+        queue, served, is_over = DeviceQueue(clock=lambda: device_s), 0, False
+        far_s = asyncio.get_running_loop().time() + 1000
+
+        async def come_once_again_and_again(place: int) -> None:
+            nonlocal served
+            while not is_over:
+                name = (place, served)
+                await queue.run(work, priority=far_s, ticket=Ticket(), session=name)
+                queue.forget(name)
+                served += 1
+
+        others = [asyncio.create_task(come_once_again_and_again(place)) for place in range(crowd)]
+        passed_by = []
+        for _ in range(20):
+            before = served
+            await queue.run(work, priority=far_s, ticket=Ticket(), session="drone")
+            passed_by.append(served - before)
+        is_over = True
+        await asyncio.gather(*others)
+        queue.close()
+        return passed_by
+
+    assert max(asyncio.run(asyncio.wait_for(scenario(), 60))) <= 2 * crowd

@@ -16,10 +16,10 @@ from websockets.sync.client import connect
 from worldvln_edge import cli
 from worldvln_edge.client import SessionClient
 from worldvln_edge.protocol import Limits
-from worldvln_edge.runtime.doors.http_connection import SPARE_CONNECTIONS
 from worldvln_edge.runtime.doors.http_door import PREDICT_PATH
-from worldvln_edge.runtime.doors.listen_address import UnsafeAddressError
-from worldvln_edge.runtime.doors.server import AddressInUseError, BackgroundServer, SessionServer
+from worldvln_edge.runtime.doors.listen_address import AddressInUseError, UnsafeAddressError
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.doors.session_server import SessionServer
 from worldvln_edge.runtime.sessions.null_policy import NullPolicy
 
 LIMITS = Limits(max_msg_bytes=100_000, headers_within_s=0.3, body_within_s=0.3)
@@ -176,21 +176,6 @@ def test_bodies_that_arrive_at_once_are_bounded_together():
             calls.fly([frame()], instruction="go")
 
 
-def test_there_are_only_so_many_connections_and_health_keeps_some():
-    limits = Limits(max_connections=2)
-    with BackgroundServer(NullPolicy(), limits=limits) as server:
-        port = server.server.bound_port
-        lines = [socketlib.create_connection(("127.0.0.1", port), timeout=5) for _ in range(2 + SPARE_CONNECTIONS - 1)]
-        with HttpCalls(server) as calls:
-            assert calls.get("/health")[0] == 200
-            with socketlib.create_connection(("127.0.0.1", port), timeout=5) as late:
-                heard = late.recv(65536)
-        assert heard.startswith(b"HTTP/1.1 503")
-        assert json.loads(heard.partition(b"\r\n\r\n")[2])["code"] == "overloaded"
-        for line in lines:
-            line.close()
-
-
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", PREDICT_PATH, 405), ("DELETE", "/health", 405)])
 def test_wrong_method_says_which_are_allowed(server, method, path, status):
     request = urllib.request.Request(f"{server.server.http_url}{path}", method=method)
@@ -230,3 +215,27 @@ def test_taken_http_port_and_open_http_address_say_what_to_do():
             BackgroundServer(NullPolicy(), http_address=taken).__enter__()
     with pytest.raises(UnsafeAddressError, match=r"0\.0\.0\.0"):
         SessionServer(NullPolicy(), http_address=("0.0.0.0", 0))
+
+
+def test_requests_that_do_not_wait_for_their_answers_are_bounded(server, line):
+    small = head("Content-Length: 2", "Content-Type: application/json") + b"{}"
+    line.sendall(small * 100)
+    heard = b""
+    while heard.count(b"HTTP/1.1 422") < 100:
+        heard += line.recv(65536)
+    line.settimeout(30)
+    with pytest.raises(ConnectionError):  # noqa: PT012
+        for _ in range(200):
+            line.sendall(small * 10_000)  # more than 1 MB, and no answer is read
+    assert urllib.request.urlopen(f"{server.server.http_url}/healthz", timeout=30).status == 200
+
+
+def test_client_that_does_not_read_its_answers_loses_its_connection():
+    with BackgroundServer(NullPolicy(), limits=Limits(headers_within_s=0.3)) as server:
+        served = server.server.server_state.connections
+        with socketlib.create_connection(("127.0.0.1", server.server.bound_port), timeout=30) as line:
+            line.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 16_000)  # over 100 MB of answers
+            give_up_s = time.monotonic() + 60
+            while served and time.monotonic() < give_up_s:
+                time.sleep(0.02)
+            assert not served

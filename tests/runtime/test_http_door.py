@@ -9,16 +9,15 @@ import time
 
 import numpy as np
 import pytest
-from http_calls import HttpCalls, RememberingPolicy, frame
+from http_calls import HttpCalls, RememberingPolicy, frame, nonfinite
 
 from worldvln_edge.client import ServerError, SessionClient
 from worldvln_edge.protocol import Limits, ProtocolError
-from worldvln_edge.runtime.doors.implicit_session import ImplicitCall, ReadinessRule, Wording
 from worldvln_edge.runtime.doors.openpi_codec import FrameList
 from worldvln_edge.runtime.doors.server import BackgroundServer
 from worldvln_edge.runtime.sessions.envelope import EnvelopeConfig
+from worldvln_edge.runtime.sessions.implicit_session import ImplicitCall, ReadinessRule, Wording
 from worldvln_edge.runtime.sessions.null_policy import NullPolicy
-from worldvln_edge.runtime.sessions.policy import NonFiniteActionsError
 from worldvln_edge.runtime.sessions.session_manager import SessionManager
 
 REFERENCE_KEYS = {"actions", "segment_index", "num_received_frames", "prefix_latents", "done", "used_prompt"}
@@ -214,6 +213,17 @@ def test_same_call_sent_again_gets_the_same_answer_and_stores_nothing(server, po
     assert policy.opened[0].seen[17:] == [9] * 16
 
 
+def test_late_repeat_of_an_answered_call_takes_no_segment_from_the_next_one(server):
+    with HttpCalls(server) as calls:
+        always = {"allow_future_segments": True}
+        answered = calls.fly([frame()] * 2, instruction="go", first_frame=1, **always)
+        stored = calls.fly([frame()] * 15, first_frame=3)  # rule D: all frames of segment 1 are missing
+        assert (stored["segment_index"], stored["num_received_frames"]) == (-1, 17)
+        again = calls.fly([frame()] * 2, first_frame=1, **always)
+        assert (again["segment_index"], again["actions"]) == (0, answered["actions"])
+        assert calls.fly([frame()] * 15, first_frame=3, **always)["segment_index"] == 1
+
+
 def test_gap_says_which_frame_is_expected(server):
     with HttpCalls(server) as calls:
         calls.fly([frame()], instruction="go")
@@ -238,7 +248,7 @@ def test_policy_failure_keeps_the_frames_and_tells_the_client_an_id_only(server,
 def test_nonfinite_actions_are_not_sent_and_the_segment_can_be_asked_for_again(server, policy):
     with HttpCalls(server) as calls:
         calls.fly([frame()] * 2, instruction="go")
-        policy.opened[0].fail_with = NonFiniteActionsError()
+        policy.opened[0].fail_with = nonfinite()
         status, answer = calls.ask([frame()], allow_future_segments=True)
         assert (status, answer["code"]) == (500, "nonfinite_actions")
         assert answer["detail"] == "stage2 latent2action inference failed: actions are not finite"
@@ -274,7 +284,7 @@ def test_image_bomb_is_refused_before_it_is_decoded(server):
         assert answer["detail"] == "image has 30000x30000 pixels, limit 16000000"
         status, answer = calls.ask(["A" * (12 * 2**20)], instruction="go")
         assert (status, answer["detail"]) == (413, "image is larger than 8388608 bytes")
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5
 
 
 def test_key_is_asked_for_and_sessions_belong_to_it():
@@ -298,7 +308,7 @@ def test_page_of_an_unknown_origin_is_refused(server):
 
 
 def test_server_that_is_not_ready_says_when_to_come_back(server):
-    server.server.manager.is_ready = False
+    server.server.manager.begin_warm_up()
     with HttpCalls(server) as calls:
         status, answer = calls.ask([frame()], instruction="go")
     assert (status, answer["code"], answer["retry_ms"]) == (503, "not_ready", 2000)

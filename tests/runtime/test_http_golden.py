@@ -26,10 +26,18 @@ def ask(port: int, request: dict) -> tuple[int, dict]:
     return result
 
 
+FLIGHTS = ("closed_loop", "default_mode", "prefix_mode", "partial_and_reset", "all_at_once", "errors")
+# Replayed by test_native_golden.py (and test_zmq_flight.py), tests/training/test_sim_service.py and below.
+REPLAYED_ELSEWHERE = ("native_flight", "health", "simulator", "openpi_frames")
+
+
 @pytest.mark.golden
-@pytest.mark.parametrize(
-    "name", ["closed_loop", "default_mode", "prefix_mode", "partial_and_reset", "all_at_once", "errors"]
-)
+def test_no_recording_is_left_out(golden):
+    assert {path.stem for path in golden("protocol").glob("*.json")} == {*FLIGHTS, *REPLAYED_ELSEWHERE}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", FLIGHTS)
 def test_recorded_calls_are_answered_as_recorded(golden, name):
     exchanges = json.loads((golden("protocol") / f"{name}.json").read_text())["exchanges"]
     assert exchanges

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from http_calls import nonfinite
 from PIL import Image
 from websockets.sync.client import connect
 
@@ -17,7 +18,7 @@ from worldvln_edge.config import HorizonConfig
 from worldvln_edge.protocol import Hello, Observe, Start
 from worldvln_edge.runtime.doors.server import BackgroundServer
 from worldvln_edge.runtime.sessions.null_policy import NullPolicy, NullSession
-from worldvln_edge.runtime.sessions.policy import ActionChunk, NonFiniteActionsError
+from worldvln_edge.runtime.sessions.policy import ActionChunk
 from worldvln_edge.wire import decode_answer, encode
 
 FRAME = np.full((24, 32, 3), 127, dtype=np.uint8)
@@ -264,7 +265,7 @@ def test_policy_failure_is_internal_with_an_id_and_keeps_the_frames(server, poli
 def test_nonfinite_actions_are_never_sent_and_the_segment_can_be_asked_again(server, policy):
     with SessionClient(server.url) as client:
         client.start("go")
-        policy.opened[0].fail_with = NonFiniteActionsError()
+        policy.opened[0].fail_with = nonfinite()
         with pytest.raises(ServerError) as refusal:
             client.observe([jpeg()])
         assert (refusal.value.code, refusal.value.frames) == ("nonfinite_actions", 1)

@@ -5,7 +5,8 @@ import json
 import pytest
 from websockets.sync.client import connect
 
-from worldvln_edge.runtime.doors.server import BackgroundServer, health_report
+from worldvln_edge.runtime.doors.application import health_report
+from worldvln_edge.runtime.doors.server import BackgroundServer
 from worldvln_edge.runtime.sessions.null_policy import NullPolicy
 from worldvln_edge.runtime.sessions.session_manager import SessionManager
 

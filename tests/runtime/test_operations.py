@@ -93,7 +93,7 @@ def test_metrics_count_refusals_of_every_door():
 
 
 def test_metrics_answer_while_the_policy_works_and_show_the_queue():
-    with BackgroundServer(NullPolicy(infer_s=0.6)) as server, SessionClient(server.url) as client:
+    with BackgroundServer(NullPolicy(infer_s=1.5)) as server, SessionClient(server.url) as client:
         client.start("go")
         with SessionClient(server.url) as other:
             other.start("go")
@@ -103,7 +103,7 @@ def test_metrics_answer_while_the_policy_works_and_show_the_queue():
             time.sleep(0.2)
             began = time.monotonic()
             samples = read_metrics(server)
-            assert time.monotonic() - began < 0.3
+            assert time.monotonic() - began < 1.0
             assert samples["worldvln_queue_length"] == 1
             for flight in flights:
                 flight.join()

@@ -13,15 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openpi_calls import PolicyClient, pixels
 from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from worldvln_edge.client import ServerError, ServerUnreachableError, SessionClient
 from worldvln_edge.protocol import Limits, ProtocolError
-from worldvln_edge.runtime.doors import request_rate
 from worldvln_edge.runtime.doors.http_door import PREDICT_PATH
-from worldvln_edge.runtime.doors.request_rate import RequestRate
 from worldvln_edge.runtime.doors.server import BackgroundServer
 from worldvln_edge.runtime.doors.zmq_config import ZmqConfig
+from worldvln_edge.runtime.sessions import request_rate
 from worldvln_edge.runtime.sessions.null_policy import NullPolicy
+from worldvln_edge.runtime.sessions.request_rate import RequestRate
+from worldvln_edge.wire import decode_answer
 
 SLOW = Limits(max_requests_per_s=0.5, max_in_flight=4)  # four at once, then one every two seconds
 
@@ -125,6 +127,16 @@ def test_native_client_hears_busy_for_that_request_and_flies_on(transport):
             assert refusal.value.code == "busy"
             time.sleep(refusal.value.retry_ms / 1e3)
             assert client.ping().ready
+
+
+def test_messages_that_cannot_be_read_are_counted_too():
+    with slow_server() as server, connect(server.url, compression=None) as socket:
+        codes = []
+        for _ in range(6):
+            socket.send(b"\xc1")
+            codes.append(decode_answer(socket.recv(timeout=30), "msgpack").code)
+        # The upgrade was the first request of this second.
+        assert codes == ["bad_request"] * 3 + ["busy"] * 3
 
 
 def test_openpi_client_hears_busy_and_the_connection_goes_on():

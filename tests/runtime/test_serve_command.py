@@ -17,6 +17,10 @@ from click.testing import CliRunner
 
 from worldvln_edge import cli
 from worldvln_edge.client import ServerError, SessionClient
+from worldvln_edge.runtime.doors import server
+from worldvln_edge.runtime.sessions.chained_session import SettledRule
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
+from worldvln_edge.runtime.worldvln import worldvln_policy
 
 FRAME = np.full((8, 8, 3), 127, dtype=np.uint8)
 SERVE = """
@@ -32,6 +36,11 @@ class ClosablePolicy(NullPolicy):
 worldvln_policy.load_policy = lambda bundle, **options: ClosablePolicy()
 cli.main(["serve", *sys.argv[1:]])
 """
+
+
+class ClosablePolicy(NullPolicy):
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class Collector(http.server.BaseHTTPRequestHandler):
@@ -104,6 +113,24 @@ def test_command_serves_tls_traces_and_a_rate_and_ends_normally(tmp_path: Path, 
     assert [path for path, _ in received] == ["/v1/traces"]
     for text in (b"worldvln.observe", b"decode", b"my-drone"):
         assert text in received[0][1]
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"), [([], SettledRule()), (["--settled", "20", "5", "2.5"], SettledRule(steps=20, cm=5, deg=2.5))]
+)
+def test_settled_rule_is_uav_flows_unless_told_otherwise(options, rule, tmp_path, monkeypatch):
+    given: dict[str, object] = {}
+    monkeypatch.setattr(worldvln_policy, "load_policy", lambda bundle, **options: ClosablePolicy())
+    monkeypatch.setattr(server, "serve", lambda *arguments, **options: given.update(options))
+    assert CliRunner().invoke(cli.main, ["serve", str(tmp_path), *options]).exception is None
+    assert given["settled"] == rule
+
+
+@pytest.mark.parametrize("values", [("0", "3", "1"), ("10", "0", "1"), ("10", "3", "-1"), ("10", "3")])
+def test_settled_rule_that_cannot_be_is_refused(values, tmp_path):
+    refused = CliRunner().invoke(cli.main, ["serve", str(tmp_path), "--settled", *values])
+    assert refused.exit_code == 2
+    assert "'--settled'" in refused.output
 
 
 def test_traces_without_the_package_are_one_clear_sentence(tmp_path, monkeypatch):

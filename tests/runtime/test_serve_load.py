@@ -11,11 +11,12 @@ import pytest
 from click.testing import CliRunner
 
 from worldvln_edge.cli import main
+from worldvln_edge.protocol import Limits
 from worldvln_edge.runtime.bench import null_server, serve_load
 from worldvln_edge.runtime.bench.bench_report import Quantiles
-from worldvln_edge.runtime.bench.bench_table import render
 from worldvln_edge.runtime.bench.health_probe import HealthProbe
 from worldvln_edge.runtime.bench.null_server import NullServerConfig, NullServerError, NullServerProcess
+from worldvln_edge.runtime.bench.report_table import render
 from worldvln_edge.runtime.bench.serve_load import (
     LoadRow,
     RouteTimes,
@@ -53,6 +54,7 @@ def row(**changes) -> LoadRow:
         rss_peak_bytes=70_000_000,
         rss_end_bytes=60_000_000,
         health={"/health": RouteTimes(asked=3, p50_ms=4.0, max_ms=60.0)},
+        health_connecting_ms=90.0,
         health_failures=[],
     )
     return msgspec.structs.replace(usual, **changes)
@@ -105,7 +107,8 @@ def test_table_holds_times_memory_health_and_goals():
     text = render(serve_load_parts(report_of(row(), row(sessions=200, health={}))))
     assert any(line.split()[1:5] == ["1", "50.0", "70.0", "60.0"] for line in text.splitlines())
     assert "overhead of one session over websocket: p50 1.0 ms (goal 3), p99 3.0 ms (goal 8)" in text
-    assert "slowest of 3 health answers: 60.0 ms (goal 50)" in text
+    assert "slowest of 3 health answers while segments run: 60.0 ms (goal 50)" in text
+    assert any(line.split()[-2:] == ["90.0", "0"] for line in text.splitlines())
     assert text.endswith("lost answers: 0 (goal 0)")
 
 
@@ -147,8 +150,7 @@ def test_server_that_does_not_end_is_killed(monkeypatch):
 
 
 def test_refused_and_lost_requests_are_counted():
-    with BackgroundServer(NullPolicy(infer_s=0.3)) as server:
-        server.server.manager.limits = msgspec.structs.replace(server.server.manager.limits, max_queue=0)
+    with BackgroundServer(NullPolicy(infer_s=0.3), limits=Limits(max_queue=0)) as server:
         load = LoadConfig(url=server.url, sessions=1, seconds=0.5, warm_up_s=0.0, frame_hw=(32, 32))
         assert set(serve_load._run_clients(load).refused) == {"overloaded"}
     with BackgroundServer(NullPolicy(infer_s=0.6)) as server:
@@ -169,6 +171,15 @@ class Sick(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+def test_answers_while_clients_connect_are_counted_apart():
+    (found,) = measure_load((20,), transports=("websocket",), seconds=0.5, warm_up_s=0.0, frame_hw=(32, 32)).rows
+    assert found.health_connecting_ms > 0
+    assert set(found.health) <= {"/health", "/readyz", "/metrics"}
+    probe = HealthProbe("127.0.0.1", 1)
+    probe.asked_s["/health"], probe.took_ms["/health"] = [1.0, 2.0, 3.0], [80.0, 4.0, 6.0]
+    assert serve_load._route_times(probe, 2.0) == {"/health": RouteTimes(asked=2, p50_ms=5.0, max_ms=6.0)}
 
 
 def test_probe_tells_what_did_not_answer():
@@ -218,7 +229,7 @@ def test_server_process_that_was_not_started_or_does_not_start_says_so():
 
 def test_server_soak_flies_over_every_transport_and_loses_nothing():
     config = ServerSoakConfig(
-        minutes=0.05, warm_up_minutes=0.01, drones=6, period_s=0.05, session_ttl_s=0.2, frame_hw=(32, 32)
+        minutes=0.05, warm_up_minutes=0.05, drones=6, period_s=0.05, session_ttl_s=0.2, frame_hw=(32, 32)
     )
     report = soak_server(config)
     assert (report.lost, report.exit_status) == ([], 0)
@@ -226,6 +237,8 @@ def test_server_soak_flies_over_every_transport_and_loses_nothing():
     assert report.events.started == report.events.ended + report.events.left > 6
     assert report.events.expired > 0
     assert report.events.resumed > 0
+    assert report.warm_up.started >= 5
+    assert report.warm_up.started < report.events.started
     assert all(window.rss_bytes > 10e6 and window.processor_p50_ms > 0 for window in report.server.windows)
 
 
@@ -242,7 +255,10 @@ def soak_report(growth: float = 0.0, **changes) -> ServerSoakReport:
         )
         log.add(sample)
     server = summarise(NullPolicy().info, log, threads=0)
-    usual = ServerSoakReport(server=server, drones=2, events=Events(started=3, ended=3), lost=[], exit_status=0)
+    warm_up = Events(started=9, ended=5, left=5, expired=5, resumed=5)
+    usual = ServerSoakReport(
+        server=server, drones=2, events=Events(started=12, ended=6), warm_up=warm_up, lost=[], exit_status=0
+    )
     return msgspec.structs.replace(usual, **changes)
 
 
@@ -252,6 +268,11 @@ def soak_report(growth: float = 0.0, **changes) -> ServerSoakReport:
         (soak_report(growth=0.03), "memory (RSS) grew by 2."),
         (soak_report(lost=["a", "b"]), "2 requests were not answered as they should be, first: a"),
         (soak_report(exit_status=-9), "the server ended with status -9"),
+        (
+            soak_report(warm_up=Events(started=9, ended=9, left=4, resumed=5)),
+            "the warm-up was too short for a baseline: fewer than 5 sessions were left or expired; give more "
+            "--warm-up-minutes",
+        ),
     ],
 )
 def test_server_soak_that_fails_ends_with_status_one(monkeypatch, report, fault):

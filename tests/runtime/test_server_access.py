@@ -13,7 +13,8 @@ from worldvln_edge.client_errors import ServerAddressError
 from worldvln_edge.protocol import WEBSOCKET_SUBPROTOCOL, Limits, ProtocolError
 from worldvln_edge.runtime.doors.access import AccessRule, KeyFileError, read_key_file
 from worldvln_edge.runtime.doors.listen_address import AddressInUseError, UnsafeAddressError, is_loopback
-from worldvln_edge.runtime.doors.server import BackgroundServer, SessionServer
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.doors.session_server import SessionServer
 from worldvln_edge.runtime.sessions.null_policy import NullPolicy
 from worldvln_edge.server_address import server_url
 

@@ -20,6 +20,7 @@ from websockets.sync.client import connect
 
 from worldvln_edge.client import ServerError, SessionClient
 from worldvln_edge.protocol import Bye, Cancel, Hello, Limits, Observe, Ping, ProtocolError, Start
+from worldvln_edge.runtime.doors import websocket_connection
 from worldvln_edge.runtime.doors.access import AccessRule
 from worldvln_edge.runtime.doors.entrance import Entrance
 from worldvln_edge.runtime.doors.server import BackgroundServer
@@ -78,25 +79,25 @@ def test_more_than_max_queue_is_overloaded_with_a_time_to_come_back():
 
 
 def test_health_answers_while_the_policy_works():
-    with BackgroundServer(NullPolicy(infer_s=0.5)) as server, connect(server.url, compression=None) as socket:
+    with BackgroundServer(NullPolicy(infer_s=1.0)) as server, connect(server.url, compression=None) as socket:
         begin(socket)
         say(socket, observe(3))
-        began = time.monotonic()
         with urllib.request.urlopen(f"http://127.0.0.1:{server.server.bound_port}/health") as answer:
             assert json.load(answer)["active_sessions"] == 1
-        assert time.monotonic() - began < 0.4
+        with pytest.raises(TimeoutError):  # it still works
+            socket.recv(timeout=0)
         assert hear(socket).seg == 0
 
 
 def test_deadline_that_passes_in_the_queue_costs_no_device_time_and_keeps_the_frames():
-    with BackgroundServer(NullPolicy(infer_s=0.3)) as server, connect(server.url, compression=None) as socket:
+    with BackgroundServer(NullPolicy(infer_s=1.0)) as server, connect(server.url, compression=None) as socket:
         begin(socket, "a")
         say(socket, Start(id=3, session="b", prompt="go"))
         hear(socket)
         say(socket, observe(4, session="a"), observe(5, session="b", deadline_ms=60))
         began = time.monotonic()
         late = hear(socket)
-        assert time.monotonic() - began < 0.25  # answered at its deadline, not after the work before it
+        assert time.monotonic() - began < 0.9  # answered at its deadline, not after the work before it
         assert (late.re, late.code, late.frames) == (5, "deadline", 1)
         assert hear(socket).re == 4
         say(socket, observe(6, first=2, count=0, session="b", seg=0))
@@ -104,16 +105,16 @@ def test_deadline_that_passes_in_the_queue_costs_no_device_time_and_keeps_the_fr
 
 
 def test_deadline_that_the_estimate_cannot_meet_is_refused_at_once():
-    with BackgroundServer(NullPolicy(infer_s=0.5)) as server, SessionClient(server.url) as client:
+    with BackgroundServer(NullPolicy(infer_s=1.0)) as server, SessionClient(server.url) as client:
         client.start("go")
         client.observe([JPEG])
         began = time.monotonic()
         with pytest.raises(ServerError, match=r"needs about \d{3,} ms") as refusal:
             client.observe([JPEG] * 16, deadline_ms=50)
-        assert time.monotonic() - began < 0.45
+        assert time.monotonic() - began < 0.95
         assert (refusal.value.code, refusal.value.frames) == ("deadline", 17)
-        assert refusal.value.retry_ms >= 500
-        assert client.observe([], deadline_ms=2000).segment == 1
+        assert refusal.value.retry_ms >= 1000
+        assert client.observe([], deadline_ms=60_000).segment == 1
 
 
 def test_deadline_that_passes_during_inference_is_answered_late():
@@ -306,7 +307,8 @@ def test_sigterm_ends_the_process_normally():
         process.stdout.close()
 
 
-def test_client_that_does_not_read_is_cut_off():
+def test_client_that_does_not_read_is_cut_off(monkeypatch):
+    monkeypatch.setattr(websocket_connection, "_GOODBYE_S", 0.2)
     limits = Limits(max_unsent_bytes=10_000)
     with BackgroundServer(NullPolicy(), limits=limits) as server:
         narrow = socketlib.socket()
@@ -316,7 +318,7 @@ def test_client_that_does_not_read_is_cut_off():
             connect(server.url, sock=narrow, compression=None, max_queue=1, close_timeout=0.1) as socket,
             pytest.raises(ConnectionClosed),
         ):
-            say(socket, *[Hello(id=1, v=[1])] * 50_000)
+            say(socket, *[Hello(id=1, v=[1])] * 1_000_000)
         with SessionClient(server.url) as other:
             assert other.ping().ready
 
@@ -411,7 +413,7 @@ def test_full_server_drops_done_sessions_first_then_the_longest_idle_never_activ
         await manager.observe("", observe(2, session="active"))
         await start("second")  # "done" is younger than "oldest" and goes first
         await start("third")
-        kept = [name for name in ("oldest", "done", "active") if manager.state("", name, 0).state != "ended"]
+        kept = [name for name in ("oldest", "done", "active") if (await manager.state("", name, 0)).state != "ended"]
         manager.close()
         return kept
 
@@ -427,11 +429,11 @@ def test_thousands_of_opened_sessions_stay_bounded_and_leave_a_flight_intact():
         for index in range(1000):
             clock.now += 1
             if index % 16 == 0:
-                frames = manager.state("", "flight", 0).frames
+                frames = (await manager.state("", "flight", 0)).frames
                 await manager.observe("", observe(1, first=frames + 1, session="flight"))
             await manager.start("", Start(id=1, session=f"other-{index}", prompt="go"))
             assert manager.sessions <= manager.limits.max_sessions
-        assert manager.state("", "flight", 0).frames == 49
+        assert (await manager.state("", "flight", 0)).frames == 49
         manager.close()
 
     asyncio.run(scenario())

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from worldvln_edge.cli import main
 from worldvln_edge.config import HorizonConfig
 from worldvln_edge.runtime.bench import soak_report
-from worldvln_edge.runtime.bench.bench_table import render
+from worldvln_edge.runtime.bench.report_table import render
 from worldvln_edge.runtime.bench.soak import SoakConfig, SoakFlights, soak_bundle
 from worldvln_edge.runtime.bench.soak_log import SegmentSample, SoakLog
 from worldvln_edge.runtime.bench.soak_report import SoakError, SoakReport, soak_parts, summarise
@@ -71,9 +71,19 @@ def test_steady_run_passes():
 
 def test_memory_that_grows_by_more_than_one_per_cent_is_a_fault():
     assert faults_of(log_of(rss_bytes=lambda share: 2e8 * (1 + 0.008 * share))) == []
-    (fault,) = faults_of(log_of(rss_bytes=lambda share: 2e8 * (1 + 0.03 * share)))
+    fault, trend = faults_of(log_of(rss_bytes=lambda share: 2e8 * (1 + 0.03 * share)))
     assert fault.startswith("memory (RSS) grew by 2.")
     assert fault.endswith("at most 1% is allowed")
+    assert trend.startswith("memory (RSS) has a trend: +2.")
+    assert trend.endswith("at 99 %; at most 1% is allowed")
+
+
+def test_burst_at_the_end_is_growth_but_no_trend():
+    (fault,) = faults_of(log_of(rss_bytes=lambda share: 2.2e8 if share > 0.9 else 2e8))
+    assert fault.startswith("memory (RSS) grew by ")
+    report = summarise(INFO, log_of(rss_bytes=lambda share: 2e8 * (1 + 0.005 * share)), threads=1)
+    assert report.rss_trend == pytest.approx(0.005, abs=0.001)
+    assert report.rss_trend_low < report.rss_trend < report.rss_trend_high
 
 
 def test_memory_that_jumped_for_a_moment_is_no_fault():
@@ -125,6 +135,7 @@ def test_table_and_verdict_read_the_same_as_markdown():
     assert lines[2] == "| segments | minutes | sessions | p50 ms | p95 ms | processor p50 ms | RSS MB |"
     assert lines[4].startswith("| 40 | 0.1 | 13 |")
     assert "memory (RSS), last window against the first: " in render(parts, markdown=True)
+    assert "memory (RSS), trend over the run: " in render(parts, markdown=True)
 
 
 def test_trend_is_the_slope_and_outliers_do_not_move_it():

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from worldvln_edge.protocol import Observe, Start
 from worldvln_edge.runtime.sessions.device_queue import Ticket
@@ -35,6 +36,22 @@ class AheadPolicy(NullPolicy):
 
     def new_session(self, prompt, *, seed=0, negative_prompt="", emit="ahead"):
         self.opened.append(AheadSession(self, prompt, seed=seed, emit=emit))
+        return self.opened[-1]
+
+
+class PatientSession(AheadSession):
+    """Would work ahead for ever."""
+
+    def work_ahead(self, should_stop=lambda: False) -> bool:
+        super().work_ahead(should_stop)
+        while not should_stop():
+            time.sleep(0.005)
+        return True
+
+
+class PatientPolicy(AheadPolicy):
+    def new_session(self, prompt, *, seed=0, negative_prompt="", emit="ahead"):
+        self.opened.append(PatientSession(self, prompt, seed=seed, emit=emit))
         return self.opened[-1]
 
 
@@ -105,6 +122,58 @@ def test_request_does_not_wait_behind_work_that_waits_for_an_idle_device():
 
     asyncio.run(fly())
     assert policy.opened[0].ahead_of == [0, 1]  # the cancelled work for segment 0 never ran
+
+
+def test_request_that_comes_before_the_work_began_leaves_it_for_afterwards():
+    policy = AheadPolicy()
+
+    async def fly() -> None:
+        manager = SessionManager(policy)
+        await manager.start("", Start(id=1, session="s", prompt="go"))
+        await settled(manager)
+        await manager.observe("", observe(1, 1))
+        await manager.observe("", observe(2, 1))  # nothing was awaited in between, so the work did not begin
+        await settled(manager)
+        manager.close()
+
+    asyncio.run(fly())
+    assert policy.opened[0].ahead_of == [0, 1]
+
+
+def test_new_work_takes_the_place_of_work_that_waits():
+    policy = AheadPolicy()
+
+    async def fly() -> None:
+        manager = SessionManager(policy)
+        await manager.start("", Start(id=1, session="s", prompt="go"))
+        await settled(manager)
+        session = manager._table.find(("", "s"))
+        manager._ahead.begin(session)
+        manager._ahead.begin(session)
+        await settled(manager)
+        manager.close()
+
+    asyncio.run(fly())
+    assert policy.opened[0].ahead_of == [0, 0]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_start_does_not_wait_for_the_work_of_the_session_that_it_names(resume):
+    policy = PatientPolicy()
+
+    async def fly() -> None:
+        manager = SessionManager(policy)
+        await manager.start("", Start(id=1, session="s", prompt="go"))
+        while not policy.opened[0].ahead_of:
+            await asyncio.sleep(0.005)
+        await asyncio.wait_for(manager.start("", Start(id=2, session="s", prompt="go", resume=resume)), 30)
+        while not policy.opened[-1].ahead_of[resume:]:  # and it is gone on with
+            await asyncio.sleep(0.005)
+        await manager.end("", "s", 3)
+        manager.close()
+
+    asyncio.run(asyncio.wait_for(fly(), 60))
+    assert len(policy.opened) == (1 if resume else 2)
 
 
 def test_work_that_fails_is_logged_and_the_flight_goes_on(caplog):

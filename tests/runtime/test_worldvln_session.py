@@ -382,6 +382,15 @@ def test_a_restored_session_goes_on_with_the_same_actions(policy, frames, flown,
     np.testing.assert_allclose(actions_of(chunks), flown, atol=MOTION_TOLERANCE)
 
 
+def test_a_flight_restored_behind_its_last_segment_holds_as_little_as_one_that_was_flown(policy, frames):
+    flown, restored = policy.new_session(PROMPT, seed=1), policy.new_session(PROMPT, seed=1)
+    fly(flown, frames, (1, 4, 4))
+    restored.restore(frames[:9], 2)
+    assert restored.done
+    assert restored.kv_bytes == flown.kv_bytes == 0
+    assert restored.held_bytes <= flown.held_bytes
+
+
 @pytest.mark.parametrize(("count", "emitted"), [(0, 0), (4, 1), (9, -2)])
 def test_a_segment_that_cannot_rest_on_the_frames_is_not_restored(policy, frames, count: int, emitted: int):
     with pytest.raises(ValueError, match=f"segment {emitted} cannot rest on {count} frames"):

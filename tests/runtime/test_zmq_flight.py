@@ -4,11 +4,9 @@ import asyncio
 import base64
 import io
 import json
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -36,14 +34,6 @@ Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(_buffer, "JPEG")
 JPEG = _buffer.getvalue()
 BINDING = ("t", "re", "code", "session", "seg", "frames", "need", "done", "state", "emitted", "expected", "v")
 BINDING += ("num_frames", "step", "points", "fps", "action", "head", "seed", "retry", "sessions", "queue", "ready")
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A short path: the name of a unix socket has at most 107 characters."""
-    path = Path(tempfile.mkdtemp(prefix="zmq-"))
-    yield path
-    shutil.rmtree(path)
 
 
 @pytest.fixture

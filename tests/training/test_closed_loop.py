@@ -24,17 +24,11 @@ from worldvln_edge.training.evaluation.closed_loop import (
     flight_seed,
     fly_task,
 )
-from worldvln_edge.training.evaluation.evaluation import (
-    EXPERT,
-    MEAN_KIND,
-    POLICY,
-    SHUFFLED,
-    ZERO,
-    RemotePilot,
-    evaluate,
-)
+from worldvln_edge.training.evaluation.evaluation import evaluate
 from worldvln_edge.training.evaluation.evaluation_tables import evaluation_markdown
-from worldvln_edge.training.evaluation.flight_statistics import wilson_interval
+from worldvln_edge.training.evaluation.intervals import wilson_interval
+from worldvln_edge.training.evaluation.pilot_sources import RemotePilot
+from worldvln_edge.training.evaluation.row_flights import EXPERT, MEAN_KIND, POLICY, SHUFFLED, ZERO
 from worldvln_edge.training.sim.flights import FlightsConfig, generate_flights
 from worldvln_edge.training.sim.instructions import TASK_KINDS
 from worldvln_edge.training.sim.shards import FlightDataError
@@ -213,7 +207,7 @@ def test_evaluation_of_the_null_policy_equals_the_zero_baseline(tasks, tables):
     assert results[POLICY] == results[ZERO] == results[SHUFFLED]
     assert all(success for _, success, _, _ in results[EXPERT])
     record = evaluation.to_json(split="test")
-    assert record["policy_against"][ZERO].policy_nearer == 0.5
+    assert record["policy_against"][ZERO]["all"].paired.policy_nearer == 0.5
     assert record["rows"][MEAN_KIND]["all"].flights == 6
     assert record["rows"][POLICY]["motion"].flights + record["rows"][POLICY]["landmark"].flights == 6
     text = evaluation_markdown(evaluation, "null")

@@ -1,173 +1,309 @@
-"""From flights to a checkpoint in one call, stage by stage, at the size of a test."""
+"""From flights to a checkpoint, stage by stage, at the size of a test."""
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from small_models import random_frames, tiny_config
+from safetensors.torch import load_file, save_file
+from small_models import random_frames, random_model, tiny_config
+from tokenizers import Tokenizer
 
-from worldvln_edge.config import GenerationConfig, ModelConfig
+from worldvln_edge.config import ModelConfig
 from worldvln_edge.export.graph_sources import graph_sources
+from worldvln_edge.export.make_checkpoint import make_checkpoint
+from worldvln_edge.models.checkpoint_file import CheckpointError
+from worldvln_edge.models.checkpoint_source import load_source, open_any
 from worldvln_edge.models.worldvln import load_checkpoint
 from worldvln_edge.training.sim.instructions import instruction_vocabulary
-from worldvln_edge.training.stages.loop import TrainingDivergedError
-from worldvln_edge.training.stages.pipeline import DeviceError, Recipe, WorkFolderError, train_model
+from worldvln_edge.training.stages.flight_sources import open_training_flights
+from worldvln_edge.training.stages.pipeline import ChainError, TrainingChain
+from worldvln_edge.training.stages.released_output import read_released
+from worldvln_edge.training.stages.stage_tables import COMMANDS, STAGES, TABLES
+from worldvln_edge.training.stages.start_files import StartFiles
+from worldvln_edge.training.stages.training_start import Start
+from worldvln_edge.training.trainer.distributed import Ranks
+from worldvln_edge.training.trainer.recipe import Layer, RecipeError, packaged_layer, read_recipe
+from worldvln_edge.training.trainer.run_folder import WorkFolderError
+
+FAST = {"steps": 2, "warmup_steps": 1}
+CHANGES = {
+    "trainer": {"log_every": 1, "tensorboard": False},
+    "chain": {"action_flights": 6, "batch": 4},
+    "vae_encoder": {"window": 5, "step_rows": 4, "micro_rows": 2, "optimiser": FAST},
+    "vae": {"window": 5, "step_rows": 4, "micro_rows": 2, "optimiser": FAST},
+    "rgb_head": {"step_rows": 4, "micro_rows": 4, "optimiser": FAST},
+    "adapter": {"step_rows": 2, "optimiser": {"learning_rate": 1e-3, **FAST}},
+    "sft": {"step_rows": 4, "micro_rows": 2, "optimiser": FAST},
+    "action": {"step_rows": 4, "micro_rows": 4, "optimiser": FAST},
+}
+ALL = COMMANDS["all"]
 
 
 def _config() -> ModelConfig:
+    """Words of the simulator fit, and the adapter's tokens are those of the patch embedding that it learns from."""
     tiny = tiny_config()
-    return msgspec.structs.replace(tiny, text_encoder=msgspec.structs.replace(tiny.text_encoder, vocabulary=256))
+    decoder = tiny.action_decoder
+    return msgspec.structs.replace(
+        tiny,
+        text_encoder=msgspec.structs.replace(tiny.text_encoder, vocabulary=256),
+        action_decoder=msgspec.structs.replace(decoder, rgb_head=decoder.latent_head),
+    )
 
 
 CONFIG = _config()
 
 
-def _recipe() -> Recipe:
-    recipe = Recipe().scaled(0.003)
-    return replace(
-        recipe,
-        vae=replace(recipe.vae, window=5, encoder_window=5, batch=2, encoder_batch=2),
-        backbone=replace(recipe.backbone, batch=2),
-        action=replace(recipe.action, windows=8),
-        rgb=replace(recipe.rgb, windows=8),
-        feature_flights=6,
+def _flights(folder: Path, count: int, seed: int) -> Path:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    words = instruction_vocabulary()
+    np.savez(
+        folder / "flights-0.npz",
+        frames=np.stack([np.stack(random_frames(CONFIG, 13, seed=seed * 100 + i)) for i in range(count)]),
+        actions=rng.normal(size=(count, 12, 6)).astype(np.float32) * 10,
+        poses=np.zeros((count, 13, 6)),
+        instructions=np.array([" ".join(rng.choice(words, 4)) for _ in range(count)]),
+        kinds=np.array(["forward"] * count),
     )
+    return folder
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("flights")
-    rng = np.random.default_rng(0)
-    words = instruction_vocabulary()
-    np.savez(
-        folder / "flights-0.npz",
-        frames=np.stack([np.stack(random_frames(CONFIG, 13, seed=i)) for i in range(8)]),
-        actions=rng.normal(size=(8, 12, 6)).astype(np.float32) * 10,
-        poses=np.zeros((8, 13, 6)),
-        instructions=np.array([" ".join(rng.choice(words, 4)) for _ in range(8)]),
-        kinds=np.array(["forward"] * 8),
-    )
-    return folder
-
-
-def _train(data: Path, folder: Path, config: ModelConfig = CONFIG, **options) -> Path:
-    arguments = {"seed": 1, "recipe": _recipe(), **options}
-    train_model(config, data, folder / "work", folder / "checkpoint", **arguments)
-    return folder
+    return _flights(tmp_path_factory.mktemp("data") / "train", 8, seed=0)
 
 
 @pytest.fixture(scope="module")
-def trained(data: Path, tmp_path_factory) -> Path:
-    return _train(data, tmp_path_factory.mktemp("run"))
+def held_out(tmp_path_factory) -> Path:
+    return _flights(tmp_path_factory.mktemp("data") / "held-out", 2, seed=1)
 
 
-def _stages(folder: Path) -> list[str]:
-    lines = (folder / "work" / "loss_curve.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["stage"] for line in lines]
+def _chain(data: Path, work: Path, *, held_out=None, start=None, seed=1, changes=None, drop=()) -> TrainingChain:
+    layers = [packaged_layer("nano"), Layer("test", CHANGES), Layer("case", changes or {})]
+    recipe = read_recipe(
+        [Layer(at.source, {k: v for k, v in at.values.items() if k not in drop}) for at in layers if at is not None],
+        {name: stage.config for name, stage in STAGES.items()},
+        TABLES,
+    )
+    flights = open_training_flights(data, CONFIG, recipe.tables["data"])
+    other = None if held_out is None else open_training_flights(held_out, CONFIG, recipe.tables["data"])
+    return TrainingChain(
+        start or Start(config=CONFIG),
+        recipe,
+        flights.source,
+        work,
+        data_fingerprint=flights.fingerprint,
+        seed=seed,
+        ranks=Ranks(),
+        held_out=None if other is None else other.source,
+        held_out_fingerprint=None if other is None else other.fingerprint,
+        show_progress=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, held_out: Path, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    chain = _chain(data, folder / "work", held_out=held_out)
+    chain.check(ALL, has_out=True)
+    chain.run(ALL)
+    chain.write_checkpoint(folder / "checkpoint")
+    return folder
+
+
+def _curve(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "loss_curve.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_the_checkpoint_loads_and_traces(trained: Path):
     checkpoint = load_checkpoint(trained / "checkpoint")
     assert checkpoint.config == CONFIG
-    assert {"loss_curve.jsonl", "run.json"} <= {path.name for path in (trained / "checkpoint").iterdir()}
+    assert set(checkpoint.stats.latent_head.std_t) != {1.0}
     assert len(list(graph_sources(checkpoint.model))) == 13
+    assert {"loss_curve.jsonl", "run.json"} <= {path.name for path in (trained / "checkpoint").iterdir()}
+    assert list(json.loads((trained / "checkpoint" / "run.json").read_bytes())) == list(ALL)
 
 
-def test_every_stage_left_its_weights_and_its_curve(trained: Path):
-    assert set(_stages(trained)) == {"vae_encoder", "vae", "sft", "action", "rgb_head"}
-    names = {path.name for path in (trained / "work").iterdir()}
-    saved = ("vae", "sft", "action", "rgb_head")
-    assert names == {"run.json", "loss_curve.jsonl", *(f"{stage}.safetensors" for stage in saved)}
+@pytest.mark.parametrize("stage", ALL)
+def test_every_stage_leaves_its_run_and_its_weights(trained: Path, stage: str):
+    folder = trained / "work" / stage
+    rows = _curve(folder)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
+    assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
+    assert (stage == "vae_encoder") == all("loss" in row for row in rows)  # the others have held-out metrics
+    assert json.loads((folder / "weights" / "config.json").read_bytes())["name"] == CONFIG.name
+    weights = load_file(folder / "weights" / "model.safetensors")
+    final = load_file(trained / "checkpoint" / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith("readouts.")}
+    assert kept
+    assert kept.keys() <= final.keys()
+    replaced = {"vae_encoder": "vae.", "adapter": "latent_head."}.get(stage)  # by a later stage
+    if replaced is None:
+        assert all(torch.equal(final[name], tensor.half()) for name, tensor in kept.items())
 
 
-def test_finished_stages_are_not_repeated(data: Path, trained: Path, tmp_path: Path):
+def test_finished_stages_are_not_repeated_and_the_rest_gives_the_same_weights(
+    data: Path, held_out: Path, trained: Path, tmp_path: Path
+):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoint")
-    (tmp_path / "work" / "rgb_head.safetensors").unlink()
-    before = _stages(tmp_path)
-    _train(data, tmp_path)
-    assert _stages(tmp_path)[len(before) :] == ["rgb_head"]
+    shutil.rmtree(tmp_path / "work" / "action")
+    before = (tmp_path / "work" / "sft" / "loss_curve.jsonl").stat().st_mtime_ns
+    chain = _chain(data, tmp_path / "work", held_out=held_out)
+    chain.run(ALL)
+    chain.write_checkpoint(tmp_path / "checkpoint")
+    assert (tmp_path / "work" / "sft" / "loss_curve.jsonl").stat().st_mtime_ns == before
     old = load_file(trained / "checkpoint" / "model.safetensors")
     new = load_file(tmp_path / "checkpoint" / "model.safetensors")
-    assert all(torch.equal(old[k], new[k]) for k in old if not k.startswith("rgb_head."))
+    assert all(torch.equal(old[name], new[name]) for name in old)
 
 
-def test_resumed_run_gives_the_weights_of_an_unbroken_one(data: Path, trained: Path, tmp_path: Path):
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "work" / "rgb_head.safetensors").unlink()
-    _train(data, tmp_path)
+def test_one_stage_is_trained_from_a_checkpoint(data: Path, trained: Path, tmp_path: Path):
+    start = Start(config=CONFIG, source=open_any(trained / "checkpoint"))
+    chain = _chain(data, tmp_path / "work", start=start)
+    chain.check(["sft"], has_out=True)
+    chain.run(["sft"])
+    chain.write_checkpoint(tmp_path / "tuned")
     old = load_file(trained / "checkpoint" / "model.safetensors")
-    new = load_file(tmp_path / "checkpoint" / "model.safetensors")
-    assert all(torch.equal(old[k], new[k]) for k in old)
+    new = load_file(tmp_path / "tuned" / "model.safetensors")
+    changed = {name.partition(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {"world_model", "text_encoder"}
+    assert load_checkpoint(tmp_path / "tuned").stats == load_checkpoint(trained / "checkpoint").stats
 
 
 @pytest.mark.parametrize(
-    ("change", "key"),
+    ("options", "message"),
     [
-        ({"seed": 2}, "seed"),
-        ({"limit": 7}, "flights"),
-        ({"recipe": replace(_recipe(), feature_flights=5)}, "recipe"),
-        ({"config": msgspec.structs.replace(CONFIG, generation=GenerationConfig(cfg=7.0))}, "model_sha256"),
+        ({"seed": 2}, "seed: 1 there, 2 here"),
+        ({"changes": {"chain": {"limit": 7}}}, "flights: 8 there, 7 here"),
+        ({"changes": {"vae_encoder": {"window": 9}}}, "config.window: 5 there, 9 here"),
+        ({"changes": {"vae_encoder": {"optimiser": {"learning_rate": 1.0}}}}, "optimiser.learning_rate: 0.0004 there"),
     ],
 )
-def test_work_of_another_run_is_refused(data: Path, trained: Path, change: dict, key: str):
-    with pytest.raises(WorkFolderError, match=f"holds another run: {key} of .* differ"):
-        _train(data, trained, **change)
+def test_work_of_another_run_is_refused_with_what_differs(data, held_out, trained, options: dict, message: str):
+    with pytest.raises(WorkFolderError, match=rf"vae_encoder holds another run: .*{message}"):
+        _chain(data, trained / "work", held_out=held_out, **options).check(ALL, has_out=True)
 
 
-def test_work_of_other_flights_is_refused_although_they_are_as_many(data: Path, trained: Path, tmp_path: Path):
+def test_work_of_other_flights_is_refused_although_they_are_as_many(data, held_out, trained, tmp_path: Path):
     arrays = dict(np.load(data / "flights-0.npz"))
     arrays["actions"][0, 0, 0] += 1
     np.savez(tmp_path / "flights-0.npz", **arrays)
-    with pytest.raises(WorkFolderError, match="holds another run: data_fingerprint of"):
-        _train(tmp_path, trained)
+    with pytest.raises(WorkFolderError, match="holds another run: data: "):
+        _chain(tmp_path, trained / "work", held_out=held_out).check(ALL, has_out=True)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "not JSON"), ("[]", "describes no run"), (None, "holds weights but no run.json")]
+    ("stages", "part", "command"),
+    [
+        (["sft"], "sft needs a trained vae", "vae"),
+        (["adapter"], "adapter needs a trained rgb_head", "rgb-head"),
+        (["vae", "action"], "action needs a trained world_model", "backbone"),
+    ],
 )
-def test_work_of_an_unknown_run_is_refused(data: Path, tmp_path: Path, content: str | None, message: str):
-    work = tmp_path / "work"
-    work.mkdir()
-    (work / "vae.safetensors").touch()
-    if content is not None:
-        (work / "run.json").write_text(content)
-    with pytest.raises(WorkFolderError, match=message):
-        _train(data, tmp_path)
+def test_a_stage_says_what_it_starts_from(data: Path, tmp_path: Path, stages: list, part: str, command: str):
+    message = rf"{part}: run `worldvln-edge train {command}` with the same --work first, or give --checkpoint"
+    with pytest.raises(ChainError, match=message):
+        _chain(data, tmp_path).check(stages, has_out=False)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_a_device_that_is_not_here_is_refused_before_anything_is_written(data: Path, tmp_path: Path):
-    with pytest.raises(DeviceError, match=r"no device 'cuda' for training here .*; give --device cpu"):
-        _train(data, tmp_path, device="cuda")
+def test_a_checkpoint_without_a_part_is_refused_before_anything_is_trained(data: Path, tmp_path: Path):
+    with pytest.raises(ChainError, match=r"latent_head, rgb_head, world_model is not trained: run .*action, backbone"):
+        _chain(data, tmp_path).check(["vae_encoder", "vae"], has_out=True)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
-def test_training_on_a_gpu_gives_a_checkpoint_that_loads(data: Path, tmp_path: Path):
-    _train(data, tmp_path, device="cuda")
-    assert load_checkpoint(tmp_path / "checkpoint").config == CONFIG
-    assert set(_stages(tmp_path)) == {"vae_encoder", "vae", "sft", "action", "rgb_head"}
+def test_a_stage_that_the_recipe_lacks_is_refused(data: Path, tmp_path: Path):
+    with pytest.raises(RecipeError, match=r"the recipe has no table \[adapter\]"):
+        _chain(data, tmp_path, drop=("adapter",)).check(["adapter"], has_out=False)
 
 
-def test_scaled_recipe_keeps_everything_but_the_steps():
-    scaled = Recipe().scaled(0.5)
-    assert scaled.backbone.optimiser.steps == Recipe().backbone.optimiser.steps // 2
-    assert replace(scaled.backbone, optimiser=Recipe().backbone.optimiser) == Recipe().backbone
-    assert Recipe().scaled(0).vae.optimiser.steps == Recipe().scaled(0).vae.encoder.steps == 2
+def test_released_presets_need_their_text_encoder(data: Path, tmp_path: Path):
+    with pytest.raises(ChainError, match="has a text encoder that is not trained here; give --checkpoint"):
+        _chain(data, tmp_path, changes={"sft": {"train_text_encoder": False}}).check(["sft"], has_out=False)
 
 
-def test_a_run_that_diverges_stops_and_leaves_no_checkpoint(data: Path, tmp_path: Path):
-    recipe = _recipe()
-    broken = replace(recipe.vae, optimiser=replace(recipe.vae.optimiser, max_bad_steps=2), commitment=float("nan"))
-    with pytest.raises(TrainingDivergedError, match="vae: 2 steps in a row"):
-        _train(data, tmp_path, recipe=replace(recipe, vae=broken))
-    assert not (tmp_path / "checkpoint").exists()
-    assert not (tmp_path / "work" / "vae.safetensors").exists()
+@pytest.mark.parametrize("preset", ["nano", "mini", "worldvln-8b"])
+def test_packaged_recipes_are_read(preset: str):
+    layer = packaged_layer(preset)
+    assert layer is not None
+    recipe = read_recipe([layer], {name: stage.config for name, stage in STAGES.items()}, TABLES)
+    assert {"sft", "action"} <= recipe.stages.keys()
+
+
+def test_published_values_are_those_of_the_paper():
+    layer = packaged_layer("worldvln-8b")
+    assert layer is not None
+    recipe = read_recipe([layer], {name: stage.config for name, stage in STAGES.items()}, TABLES)
+    sft, adapter, action = (recipe.stage(name) for name in ("sft", "adapter", "action"))
+    assert (sft.optimiser.learning_rate, sft.optimiser.betas, sft.optimiser.clip_norm) == (1e-5, (0.9, 0.97), 5.0)
+    assert (sft.optimiser.epochs, sft.optimiser.weight_decay, sft.config.packed_tokens) == (10, 0.0, 20480)
+    assert (adapter.optimiser.learning_rate, adapter.optimiser.epochs, adapter.config.step_rows) == (5e-5, 100, 32)
+    assert (action.optimiser.learning_rate, action.config.head_rate, action.config.adapter_rate) == (1e-5, 10.0, 2.0)
+    assert action.config.freeze_adapter_epochs == 6
+
+
+def test_released_files_are_tuned_and_named_again(data: Path, tmp_path: Path):
+    """Backbone and action decoder are written, the VAE and the text encoder stay where they are."""
+    released = tmp_path / "released"
+    make_checkpoint(CONFIG, released, seed=3)
+    source = open_any(released)
+    start = Start(config=CONFIG, source=source, released=read_released(released))
+    changes = {
+        "chain": {"keep": "codes"},
+        "sft": {"train_text_encoder": False},
+        "action": {"predicted_share": 0.0},
+    }
+    chain = _chain(data, tmp_path / "work", start=start, changes=changes)
+    chain.check(["sft", "action"], has_out=True)
+    chain.run(["sft", "action"])
+    chain.write_checkpoint(tmp_path / "tuned")
+    assert {path.name for path in (tmp_path / "tuned").iterdir()} == {
+        "released.json",
+        "backbone.safetensors",
+        "stage2_latent2action_combined.pt",
+    }
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("released", "tuned"):  # paths are relative
+        shutil.move(tmp_path / name, moved / name)
+    old, new = (load_source(open_any(moved / name)) for name in ("released", "tuned"))
+    changed = {
+        name.partition(".")[0]
+        for name, tensor in new.model.state_dict().items()
+        if not torch.allclose(tensor, old.model.state_dict()[name], atol=1e-6)
+    }
+    assert changed == {"world_model", "latent_head"}
+    torch.testing.assert_close(new.stats.latent_head.std, old.stats.latent_head.std)
+
+
+def test_a_released_list_that_is_none_is_refused(tmp_path: Path):
+    (tmp_path / "released.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"released.json: not a list of released parts"):
+        read_released(tmp_path)
+    assert read_released(tmp_path / "none") is None
+
+
+def test_files_of_the_start_are_in_the_model_and_in_its_fingerprint(data: Path, tmp_path: Path):
+    other = random_model(CONFIG, seed=3)
+    path = tmp_path / "base.safetensors"
+    save_file({**other.world_model.state_dict(), "extra": torch.zeros(1)}, path)
+    start = Start(config=CONFIG, files=StartFiles(base_model=path))
+    with pytest.warns(UserWarning, match=r"base\.safetensors: is in the file only: extra"):
+        model = start.model(0)
+    assert torch.equal(model.world_model.head.weight, other.world_model.head.weight)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    before = start.fingerprint()
+    assert before is not None
+    save_file(other.world_model.state_dict(), path)
+    assert start.fingerprint() != before
+    assert Start(config=CONFIG).fingerprint() is None
+
+
+def test_words_of_the_flights_are_known_to_a_small_preset():
+    inner = Tokenizer.from_str(Start(config=CONFIG).tokenizer_json(["inspect the pylon"]))
+    assert inner.token_to_id("<unk>") not in inner.encode("inspect the pylon").ids

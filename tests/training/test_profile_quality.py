@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from worldvln_edge.cli import main
-from worldvln_edge.runtime.bench.bench_table import render
+from worldvln_edge.runtime.bench.report_table import render
 from worldvln_edge.runtime.doors.server import BackgroundServer
 from worldvln_edge.runtime.sessions.null_policy import NullPolicy
 from worldvln_edge.tasks import write_task_list
@@ -62,7 +62,13 @@ def flights(*successes: bool) -> list[EvalFlight]:
             success=success,
             collided=False,
             final_distance_m=1.0,
+            oracle_success=success,
             final_yaw_error_deg=2.0,
+            oracle_distance_m=1.0,
+            path_length_m=5.0,
+            spl=0.5,
+            ndtw=0.5,
+            sdtw=0.5,
         )
         for number, success in enumerate(successes)
     ]

@@ -9,7 +9,7 @@ from worldvln_edge.presets import nano
 from worldvln_edge.prompts import tagged_prompt
 from worldvln_edge.runtime.worldvln.tokenizer import PromptTokenizer
 from worldvln_edge.training.sim.instructions import instruction_vocabulary
-from worldvln_edge.training.stages.tokenizer import build_word_tokenizer
+from worldvln_edge.training.stages.tokenizer import build_word_tokenizer, instruction_words
 
 TAG = "<<<t=3s>>>"
 
@@ -36,6 +36,19 @@ def test_long_text_is_cut_and_still_ends():
 
 def test_empty_text_is_only_an_end():
     assert tokens("") == ["</s>"]
+
+
+def test_words_of_the_flights_are_known_the_frequent_ones_first():
+    texts = ["Fly to the red tower!", "fly to the blue tower 7.5 m"]
+    words = instruction_words(texts, ("fly", "climb"), 64)
+    assert words[:2] == ("fly", "climb")
+    assert sorted(words[2:]) == sorted(["to", "the", "tower", "red", "blue", "!", "7.5", "m"])
+    tokenizer = build_word_tokenizer(words, TAG, 64)
+    assert tokenizer.token_to_id("<unk>") not in tokenizer.encode(TAG + texts[0]).ids
+    with pytest.warns(
+        UserWarning, match=r"^6 words of the instructions .*vocabulary 8 has no room .*frequent: tower, "
+    ):
+        assert instruction_words(texts, ("fly", "climb"), 8) == ("fly", "climb", "the", "to")
 
 
 def test_too_many_words_for_the_preset_are_refused():

@@ -115,16 +115,19 @@ def test_fly_names_a_task_file_that_is_missing(tmp_path):
     assert_one_sentence(invoke("fly", "--tasks", tmp_path / "none.json"), "none.json", "no such file")
 
 
-def test_eval_writes_the_table_that_it_prints(server, flights, tmp_path):
+def test_eval_writes_the_tables_that_it_prints(server, flights, tmp_path):
     result = invoke(
         "eval", "--server", server.url, "--count", 4, "--workers", 1, "--train-flights", flights, "--out", tmp_path
     )
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "eval.md").read_text() in result.stdout
+    cells = [line.strip("| ").split(" | ") for line in (tmp_path / "eval.md").read_text().splitlines()]
+    printed = " ".join(result.stdout.split())
+    assert all(" ".join(" ".join(row).split()) in printed for row in cells if len(row) > 1 and row[0] != "---")
     record = json.loads((tmp_path / "eval.json").read_text())
     assert list(record["rows"]) == [
         "policy",
         "shuffled text",
+        "teacher-forced policy",
         "expert",
         "zero",
         "mean",
@@ -133,7 +136,7 @@ def test_eval_writes_the_table_that_it_prints(server, flights, tmp_path):
     ]
     assert record["rows"]["expert"]["all"]["success_rate"] == 1.0
     assert record["rows"]["policy"]["all"]["mean_distance_m"] > 0
-    assert len(record["flights"]) == 7 * 4
+    assert len(record["flights"]) == 8 * 4
 
 
 def test_eval_flies_the_policy_alone_without_baselines(server, tmp_path):
@@ -148,49 +151,6 @@ def test_eval_names_what_is_missing(server, tmp_path):
     assert_one_sentence(invoke("eval", "--server", "ws://127.0.0.1:9"), "no worldvln-edge server")
     assert_one_sentence(invoke("eval", "--server", server.url, "--train-flights", tmp_path), "holds no flight shards")
     assert invoke("eval").exit_code == 2
-
-
-def test_train_refuses_an_unknown_preset(tmp_path):
-    result = invoke("train", "--preset", "giga", "--data", tmp_path, "--out", tmp_path / "c", "--work", tmp_path / "w")
-    assert_one_sentence(result, "unknown preset 'giga'", "nano")
-
-
-def test_train_names_a_folder_without_flights(tmp_path):
-    missing = tmp_path / "none"
-    result = invoke("train", "--data", missing, "--out", tmp_path / "c", "--work", tmp_path / "w")
-    assert_one_sentence(result, "none holds no flight shards", "worldvln-edge sim flights")
-
-
-def test_train_refuses_flights_of_another_size(flights, tmp_path):
-    result = invoke("train", "--data", flights, "--out", tmp_path / "c", "--work", tmp_path / "w")
-    assert_one_sentence(result, "the preset needs (49, 64, 64, 3)")
-
-
-def test_train_refuses_a_device_that_is_not_here(flights, tmp_path):
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a CUDA device")
-    result = invoke("train", "--data", flights, "--out", tmp_path / "c", "--work", tmp_path / "w", "--device", "cuda")
-    assert_one_sentence(result, "no device 'cuda' for training here", "--device cpu")
-
-
-def test_train_refuses_a_folder_that_is_not_one_run_of_flights(flights, tmp_path):
-    data = shutil.copytree(flights, tmp_path / "flights")
-    settings = json.loads((data / "flights.json").read_text())
-    (data / "flights.json").write_text(json.dumps(settings | {"count": 65}))
-    result = invoke("train", "--data", data, "--out", tmp_path / "c", "--work", tmp_path / "w")
-    assert_one_sentence(result, "flights-0000000-0018.npz", "is not of the run")
-
-
-def test_train_refuses_the_work_folder_of_another_run(tmp_path):
-    flights = tmp_path / "flights"
-    generate_flights(FlightsConfig(split="train"), 1, flights, workers=1, show_progress=False)
-    work = tmp_path / "w"
-    work.mkdir()
-    (work / "run.json").write_text("{}\n")
-    result = invoke("train", "--data", flights, "--out", tmp_path / "c", "--work", work)
-    assert_one_sentence(result, "holds another run")
 
 
 def test_demo_tasks_are_of_different_kinds_and_scenes():

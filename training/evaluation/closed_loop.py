@@ -101,8 +101,12 @@ class PolicyPilot:
         self.profile: str | None = None
 
     def start(self, task: Task, seed: int) -> None:
+        self._fly(self._policy.new_session(task.instruction, seed=seed))
+
+    def _fly(self, session: PolicySession) -> None:
+        """Go on with this session in place of the one flown so far."""
         self.end()
-        self._session = self._policy.new_session(task.instruction, seed=seed)
+        self._session = session
 
     def observe(self, frames: Sequence[np.ndarray]) -> np.ndarray:
         if self._session is None:
@@ -287,6 +291,7 @@ class SceneSimulators:
             RenderingUnavailableError: no offscreen OpenGL on this machine.
         """
         check_task(task)
+        assert task.scene is not None  # it was checked
         key = (task.scene.family, task.scene.seed, task.dynamics)
         if self._simulator is None or key != self._key:
             self.close()

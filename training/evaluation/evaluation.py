@@ -1,119 +1,87 @@
 """Fly held-out tasks with a policy and with what it has to beat, and put the results side by side.
 
-Rows: `policy`; `shuffled text` (the same policy, told the instruction of a task of another kind); `expert` (the upper
-end); `zero`, `mean`, `mean per kind`, `mean per kind and magnitude` (an agent without eyes). Every row flies the same
-tasks. A flight depends on task and seed alone, so the number of workers changes nothing but the time.
+Rows: `policy`; `shuffled text` (the same policy, told the instruction of a task of another kind); two teacher-forced
+ones, the policy and the bundle's RGB head on the frames of the expert's flight; `expert` (the upper end); `zero`,
+`mean`, `mean per kind`, `mean per kind and magnitude` (an agent without eyes). Every row flies the same tasks. A flight
+depends on task and seed alone, so the number of workers changes nothing but the time, and finished flights may be taken
+from a log.
 Source: spec/training.md 8.6, last paragraph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
-from worldvln_edge.bundle import Bundle
-from worldvln_edge.client import AnswerTimeoutError, ServerError, ServerUnreachableError, SessionClient
-from worldvln_edge.generation_profile import EXACT, GenerationProfile, find_profile, model_profiles
+from worldvln_edge.client import AnswerTimeoutError, ServerError, ServerUnreachableError
 from worldvln_edge.tasks import Task
 from worldvln_edge.training.evaluation.baselines import ActionTables, shuffled_instructions
-from worldvln_edge.training.evaluation.closed_loop import (
-    FlightError,
-    Pilot,
-    PolicyPilot,
-    ReplayPilot,
-    SceneSimulators,
-    ServerPilot,
-    check_task,
-    expert_actions,
-    flight_seed,
-    fly_task,
+from worldvln_edge.training.evaluation.closed_loop import FlightError, Pilot, check_task, expert_actions, flight_seed
+from worldvln_edge.training.evaluation.flight_log import FlightLog, LoggedFlight, PathPoint, flight_digest
+from worldvln_edge.training.evaluation.flight_statistics import EvalFlight, comparison_tree, outcome_tree
+from worldvln_edge.training.evaluation.pilot_sources import PilotSource
+from worldvln_edge.training.evaluation.row_flights import (
+    POLICY,
+    POLICY_ROWS,
+    RGB,
+    ROWS,
+    SHUFFLED,
+    TEACHER_FORCED,
+    RowFlyer,
+    TaskRows,
+    blind_choices,
 )
-from worldvln_edge.training.evaluation.flight_statistics import EvalFlight, outcome_tree, pairing
 
-if TYPE_CHECKING:
-    from worldvln_edge.runtime.engines.backends import BackendName
-
-POLICY, SHUFFLED, EXPERT = "policy", "shuffled text", "expert"
-ZERO, MEAN, MEAN_KIND, MEAN_MAGNITUDE = "zero", "mean", "mean per kind", "mean per kind and magnitude"
-ROWS = (POLICY, SHUFFLED, EXPERT, ZERO, MEAN, MEAN_KIND, MEAN_MAGNITUDE)
-
-PilotSource = Callable[[], AbstractContextManager[Pilot]]
-"""Opens a pilot; one is opened per worker process, so a source for several workers must be picklable."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BundlePilot:
-    """Opens a bundle in this process."""
-
-    folder: Path
-    threads: int = 1
-    profile: str = EXACT
-    profiles: Mapping[str, GenerationProfile] = field(default_factory=dict)  # besides the built-in ones
-    backend: BackendName = "cpu"
-    also: tuple[Path, ...] = ()  # other exports of the same checkpoint, for profiles that name their precision
-
-    @contextmanager
-    def __call__(self) -> Iterator[Pilot]:
-        # Imported here: flying through a server needs no inference engine.
-        from worldvln_edge.runtime.worldvln.worldvln_policy import load_policy
-
-        policy = load_policy(
-            self.folder,
-            backend=self.backend,
-            threads=self.threads,
-            profile=self.profile,
-            profiles=self.profiles,
-            also=self.also,
-        )
-        with closing(policy):
-            yield PolicyPilot(policy)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RemotePilot:
-    """Opens a connection to a server."""
-
-    server: str
-    key: str | None = None
-
-    @contextmanager
-    def __call__(self) -> Iterator[Pilot]:
-        with SessionClient(self.server, self.key, frame_format="rgb8") as client:
-            yield ServerPilot(client)
+_VERSION = 1  # of how flights are flown and measured; a change makes every digest another
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Flights of every row, in the order of the tasks."""
 
+    tasks: tuple[Task, ...]
     rows: dict[str, tuple[EvalFlight, ...]]
+    paths: dict[str, tuple[tuple[PathPoint, ...], ...]]
+    """Flown, of every row and task."""
     seed: int
+    from_log: int = 0
+    """Flights that were not flown again."""
 
     @property
     def profiles(self) -> tuple[str, ...]:
         """Generation profiles that the policy was flown with."""
         return tuple(dict.fromkeys(profile for flight in self.rows[POLICY] for profile in flight.profiles))
 
-    def to_json(self, **about: Any) -> dict[str, Any]:
-        """Everything as a JSON-able mapping; `about` goes in front (bundle, split, ...)."""
+    def to_json(self, against: Sequence[EvalFlight] | None = None, **about: Any) -> dict[str, Any]:
+        """Everything but the paths as a JSON-able mapping.
+
+        Args:
+            against: another policy's flights of the same tasks; adds `against`.
+            about: goes in front (bundle, split, ...).
+        """
         policy = self.rows[POLICY]
-        return {
+        record = {
             **about,
             "seed": self.seed,
             "profiles": self.profiles,
             "tasks": len(policy),
             "rows": {name: outcome_tree(flights) for name, flights in self.rows.items()},
-            "policy_against": {name: pairing(policy, flights) for name, flights in self.rows.items() if name != POLICY},
-            "flights": [flight for flights in self.rows.values() for flight in flights],
+            "policy_against": {
+                name: comparison_tree(policy, flights) for name, flights in self.rows.items() if name != POLICY
+            },
         }
+        if against is not None:
+            record["against"] = comparison_tree(policy, against)
+        return record | {"flights": [flight for flights in self.rows.values() for flight in flights]}
 
 
 def evaluate(
@@ -121,8 +89,12 @@ def evaluate(
     source: PilotSource,
     *,
     tables: ActionTables | None = None,
+    rgb_bundle: Path | None = None,
     seed: int = 0,
     workers: int = 1,
+    log: FlightLog | None = None,
+    is_resumed: bool = True,
+    identity: str = "",
     show_progress: bool = True,
     label: str = "eval",
 ) -> Evaluation:
@@ -132,151 +104,119 @@ def evaluate(
         tasks: at least one; neighbours in one scene share a simulator.
         source: opens the policy; with one worker in this process, else once in every worker.
         tables: of the baselines; None flies the policy alone.
+        rgb_bundle: adds the row of its RGB head on the frames of the expert's flight.
         seed: of the policy's draws; mixed with each task's own.
         workers: processes.
+        log: where every flight is kept as soon as it is finished.
+        is_resumed: take flights of the policy that the log already holds; those of fixed actions always are.
+        identity: of the policy, see `pilot_sources`; flights of another identity are not taken from the log.
         show_progress: a bar on stderr.
         label: of that bar.
 
     Raises:
-        FlightError: a task that cannot be flown, tables of another flight length, or a server that failed.
+        FlightError: a task that cannot be flown, tables of another flight length, a server that went away, or a worker
+            process that was killed.
+        FlightLogError: a broken log, or one that cannot be written.
         RenderingUnavailableError, BundleError, EngineError: as their names say.
     """
     if not tasks:
         raise FlightError("no tasks to fly")
+    if len({task.task_id for task in tasks}) != len(tasks):
+        raise FlightError("two tasks have one task_id; rows are compared task by task")
     for task in tasks:
         check_task(task)
-    jobs = _jobs(tasks, tables, seed)
-    flown: dict[int, dict[str, EvalFlight]] = {}
-    total = sum(len(job.tasks) for job in jobs)
-    with tqdm(total=total, desc=label, unit="task", disable=not show_progress, smoothing=0.1) as bar:
+    wanted = _task_rows(tasks, tables, rgb_bundle, seed, identity)
+    known = log.read() if log is not None else {}
+    if not is_resumed:
+        known = {digest: logged for digest, logged in known.items() if logged.flight.row not in POLICY_ROWS}
+    found = {digest: known[digest] for rows in wanted for digest in rows.digests.values() if digest in known}
+    from_log = len(found)
+    jobs = _jobs([replace(rows, digests=_missing(rows, found)) for rows in wanted], tables, rgb_bundle, seed, log)
+    with tqdm(total=len(tasks), desc=label, unit="task", disable=not show_progress, smoothing=0.1) as bar:
 
-        def take(results: dict[int, dict[str, EvalFlight]]) -> None:
-            flown.update(results)
-            bar.update(len(results))
-            successes = sum(rows[POLICY].success for rows in flown.values())
-            bar.set_postfix_str(f"{successes} of {len(flown)} succeeded")
+        def take(flights: Sequence[LoggedFlight]) -> None:
+            found.update({logged.digest: logged for logged in flights})
+            flown = [found[rows.digests[POLICY]].flight for rows in wanted if rows.digests[POLICY] in found]
+            bar.n = sum(all(digest in found for digest in rows.digests.values()) for rows in wanted)
+            bar.set_postfix_str(f"{sum(flight.success for flight in flown)} of {len(flown)} succeeded")
 
-        if workers == 1:
-            with source() as pilot:
-                for job in jobs:
-                    take(_fly_job(job, pilot))
-        else:
-            # Spawned, not forked: a fork would share the parent's OpenGL state and the engines' threads.
-            with ProcessPoolExecutor(
-                min(workers, len(jobs)), mp_context=get_context("spawn"), initializer=_keep_source, initargs=(source,)
-            ) as pool:
-                try:
-                    for done in as_completed([pool.submit(_fly_in_worker, job) for job in jobs]):
-                        take(done.result())
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
-    names = [name for name in ROWS if name in flown[0]]
-    return Evaluation(rows={name: tuple(flown[i][name] for i in range(len(tasks))) for name in names}, seed=seed)
+        take(())
+        _run(jobs, source, workers, take)
+    names = [name for name in ROWS if name in wanted[0].digests]
+    logged_rows = {name: [found[rows.digests[name]] for rows in wanted] for name in names}
+    return Evaluation(
+        tasks=tuple(tasks),
+        rows={name: tuple(logged.flight for logged in flights) for name, flights in logged_rows.items()},
+        paths={name: tuple(logged.path for logged in flights) for name, flights in logged_rows.items()},
+        seed=seed,
+        from_log=from_log,
+    )
 
 
-def check_bundle(folder: Path, profile: str = EXACT, profiles: Mapping[str, GenerationProfile] | None = None) -> None:
-    """See that a bundle can be flown: here, once, rather than in every worker.
-
-    Args:
-        folder: of the bundle.
-        profile: that it will be flown with.
-        profiles: besides the built-in ones.
-
-    Raises:
-        BundleError: it is not whole.
-        ConfigError: an unknown profile, or one that does not fit the model.
-    """
-    find_profile(model_profiles(Bundle.open(folder).manifest.model, profiles), profile)
-
-
-def check_server(server: str, key: str | None) -> None:
-    """Raise ServerUnreachableError or ServerError unless a server answers."""
-    with SessionClient(server, key):
-        pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """Neighbouring tasks of one scene."""
-
-    indices: tuple[int, ...]
-    tasks: tuple[Task, ...]
-    told: tuple[str | None, ...]  # shuffled instructions; None: this row is not flown
-    tables: ActionTables | None
-    seed: int
+def _task_rows(
+    tasks: Sequence[Task], tables: ActionTables | None, rgb_bundle: Path | None, seed: int, identity: str
+) -> list[TaskRows]:
+    """Every row of every task with the digest of its flight."""
+    told = shuffled_instructions(tasks) if tables is not None else None
+    choices = blind_choices(tables) if tables is not None else {}
+    found = []
+    for i, task in enumerate(tasks):
+        flown = {"version": _VERSION, "seed": flight_seed(task, seed), "identity": identity}
+        digests = {POLICY: flight_digest(POLICY, task, **flown)}
+        if told is not None:
+            digests[SHUFFLED] = flight_digest(SHUFFLED, task, told=told[i], **flown)
+        if tables is not None:
+            digests[TEACHER_FORCED] = flight_digest(TEACHER_FORCED, task, expert=expert_actions(task), **flown)
+        if rgb_bundle is not None:
+            digests[RGB] = flight_digest(RGB, task, expert=expert_actions(task), **flown)
+        for name, choose in choices.items():
+            digests[name] = flight_digest(name, task, version=_VERSION, actions=choose(task))
+        found.append(TaskRows(task=task, told=None if told is None else told[i], digests=digests))
+    return found
 
 
-def _jobs(tasks: Sequence[Task], tables: ActionTables | None, seed: int) -> list[_Job]:
-    told: Sequence[str | None] | None = shuffled_instructions(tasks) if tables is not None else None
-    told = told or [None] * len(tasks)
+def _missing(rows: TaskRows, found: dict[str, LoggedFlight]) -> dict[str, str]:
+    return {name: digest for name, digest in rows.digests.items() if digest not in found}
+
+
+def _jobs(
+    tasks: Sequence[TaskRows], tables: ActionTables | None, rgb_bundle: Path | None, seed: int, log: FlightLog | None
+) -> list[RowFlyer]:
+    """Neighbours of one scene that have something to fly."""
     jobs = []
-    for _, group in groupby(range(len(tasks)), key=lambda i: (tasks[i].scene, tasks[i].dynamics)):
-        indices = tuple(group)
-        jobs.append(
-            _Job(
-                indices=indices,
-                tasks=tuple(tasks[i] for i in indices),
-                told=tuple(told[i] for i in indices),
-                tables=tables,
-                seed=seed,
-            )
-        )
+    for _, group in groupby(tasks, key=lambda rows: (rows.task.scene, rows.task.dynamics)):
+        to_fly = tuple(rows for rows in group if rows.digests)
+        if to_fly:
+            jobs.append(RowFlyer(tasks=to_fly, tables=tables, rgb_bundle=rgb_bundle, seed=seed, log=log))
     return jobs
 
 
-def _fly_job(job: _Job, pilot: Pilot) -> dict[int, dict[str, EvalFlight]]:
-    """Fly the tasks of a job under all rows: index of the task -> row -> flight."""
-    results: dict[int, dict[str, EvalFlight]] = {}
-    num_actions = pilot.points[-1] - 1
-    blind = _blind_pilots(job.tables, num_actions)
-    with SceneSimulators(pilot.image_hw) as seeing, SceneSimulators(ReplayPilot.image_hw) as unseeing:
-        for index, task, told in zip(job.indices, job.tasks, job.told, strict=True):
-            seed = flight_seed(task, job.seed)
-            rows = {POLICY: _fly(POLICY, task, pilot, seeing, seed)}
-            if told is not None:
-                rows[SHUFFLED] = _fly(SHUFFLED, task, pilot, seeing, seed, told)
-            for name, replay in blind.items():
-                rows[name] = _fly(name, task, replay, unseeing, seed)
-            results[index] = rows
-    return results
-
-
-def _blind_pilots(tables: ActionTables | None, num_actions: int) -> dict[str, Pilot]:
-    if tables is None:
-        return {}
-    if tables.num_actions != num_actions:
-        raise FlightError(
-            f"the training flights have {tables.num_actions} actions each, the policy flies {num_actions}; "
-            "give flights of the policy's length, or --no-baselines"
-        )
-    choices = {
-        EXPERT: expert_actions,
-        ZERO: tables.zero_action,
-        MEAN: tables.mean_action,
-        MEAN_KIND: tables.mean_of_kind,
-        MEAN_MAGNITUDE: tables.mean_of_kind_and_magnitude,
-    }
-    return {name: ReplayPilot(choice, num_actions=num_actions) for name, choice in choices.items()}
-
-
-def _fly(
-    row: str, task: Task, pilot: Pilot, simulators: SceneSimulators, seed: int, told: str | None = None
-) -> EvalFlight:
-    flight = fly_task(task, pilot, simulators.for_task(task), seed=seed, instruction=told)
-    return EvalFlight(
-        row=row,
-        task=task.task_id,
-        kind=task.kind,
-        landmark=task.landmark,
-        instruction=flight.instruction,
-        success=flight.score.success,
-        collided=flight.score.collided,
-        final_distance_m=round(flight.score.final_distance_m, 4),
-        final_yaw_error_deg=round(flight.score.final_yaw_error_deg, 3),
-        latency_ms=tuple(round(ms, 2) for ms in flight.latency_ms) if row in (POLICY, SHUFFLED) else (),
-        profiles=flight.profiles,
-    )
+def _run(
+    jobs: Sequence[RowFlyer], source: PilotSource, workers: int, take: Callable[[Sequence[LoggedFlight]], None]
+) -> None:
+    if not jobs:
+        return
+    if workers == 1:
+        with source() as pilot:
+            for job in jobs:
+                for logged in job.fly(pilot):
+                    take((logged,))
+        return
+    # Spawned, not forked: a fork would share the parent's OpenGL state and the engines' threads.
+    with ProcessPoolExecutor(
+        min(workers, len(jobs)), mp_context=get_context("spawn"), initializer=_keep_source, initargs=(source,)
+    ) as pool:
+        try:
+            for done in as_completed([pool.submit(_fly_in_worker, job) for job in jobs]):
+                take(done.result())
+        except BrokenProcessPool as error:
+            raise FlightError(
+                f"a worker process was killed ({error}); finished flights are kept, so run the same command again, "
+                "with fewer --workers if memory is short"
+            ) from error
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 class _Worker:
@@ -291,11 +231,11 @@ def _keep_source(source: PilotSource) -> None:
     _Worker.source = source
 
 
-def _fly_in_worker(job: _Job) -> dict[int, dict[str, EvalFlight]]:
+def _fly_in_worker(job: RowFlyer) -> list[LoggedFlight]:
     assert _Worker.source is not None  # the pool's initializer ran
     try:
         if _Worker.pilot is None:
             _Worker.pilot = _Worker.open_pilot.enter_context(_Worker.source())
-        return _fly_job(job, _Worker.pilot)
+        return list(job.fly(_Worker.pilot))
     except (ServerError, ServerUnreachableError, AnswerTimeoutError) as error:
         raise FlightError(str(error)) from None  # the server's errors do not survive the way between processes

@@ -20,14 +20,13 @@ from worldvln_edge.poses import wrap_deg
 from worldvln_edge.tasks import Task
 from worldvln_edge.training.evaluation.closed_loop import FlownFlight
 from worldvln_edge.training.evaluation.flight_view import draw_predicted_path, render_views, view_hw
-from worldvln_edge.training.sim.coordinates import heading_axes
+from worldvln_edge.training.evaluation.start_frame import StartFrame, plot_window
 from worldvln_edge.training.sim.scene import LANDMARK_COLOURS, Scene, Solid
 from worldvln_edge.training.sim.scene_model import load_scene_model
 
 _FLOWN, _EXPERT, _GOAL = "#0b6bd3", "#1f2937", "#16a34a"
 _SUCCESS, _FAIL = "#15803d", "#be123c"
 _STEPS_PER_S = 16
-_SMALLEST_HALF_M, _MARGIN_M = 6.0, 3.0
 
 
 def write_flight_plot(flight: FlownFlight, path: Path) -> None:
@@ -50,7 +49,7 @@ def write_flight_sheet(flight: FlownFlight, path: Path) -> None:
     borders = [point - 1 for point in flight.points]
     views = render_views(flight, view_hw(flight.frames.shape[1:3], 360), borders)
     figure = Figure(figsize=(12.0, 8.6), layout=ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.06), facecolor="white")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.0, 1.55))
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.0, 1.55))[:, 0]
     for i, (axes, view) in enumerate(zip(top.subplots(1, len(borders), squeeze=False)[0], views, strict=True)):
         axes.imshow(draw_predicted_path(view, flight, borders[i]))
         axes.set_axis_off()
@@ -69,10 +68,10 @@ def draw_top_down(axes: Axes, flight: FlownFlight) -> None:
     task = flight.task
     assert task.scene is not None  # flown tasks were checked
     scene = load_scene_model(task.scene.family, task.scene.seed).scene
-    to_plot = _StartFrame(task)
+    to_plot = StartFrame(task)
     flown = to_plot.poses(flight.poses)
     expert = to_plot.poses(np.array(task.reference_path_raw or [task.initial_pos]))
-    centre, half = _window(flown, expert, to_plot, task, scene)
+    centre, half = plot_window([flown, expert], to_plot, task, scene)
 
     ground = scene.textures[scene.solids[0].texture].mean((0, 1)) / 255
     axes.set_facecolor(0.35 * ground + 0.65)
@@ -103,35 +102,7 @@ def draw_top_down(axes: Axes, flight: FlownFlight) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), fontsize=8.5, frameon=False, ncols=6, columnspacing=1.2)
 
 
-class _StartFrame:
-    """World to plot: x is metres to the right of the start, y metres ahead of it."""
-
-    def __init__(self, task: Task):
-        self.yaw_deg = float(task.initial_pos[4])
-        self._origin_m = np.array(task.initial_pos[:2]) / 100.0
-        forward, right = heading_axes(self.yaw_deg)
-        self._axes = np.stack([right[:2], forward[:2]], axis=1)
-
-    def metres(self, points_m: np.ndarray) -> np.ndarray:
-        return (np.asarray(points_m, np.float64)[..., :2] - self._origin_m) @ self._axes
-
-    def poses(self, poses: np.ndarray) -> np.ndarray:
-        return self.metres(poses[:, :2] / 100.0)
-
-
-def _window(
-    flown: np.ndarray, expert: np.ndarray, to_plot: _StartFrame, task: Task, scene: Scene
-) -> tuple[np.ndarray, float]:
-    """Centre and half side of a square that holds both paths and the landmark that the text is about."""
-    points = [flown, expert]
-    if task.landmark is not None and any(mark.name == task.landmark for mark in scene.landmarks):
-        points.append(to_plot.metres(scene.landmark_centre_m(task.landmark))[None])
-    everything = np.concatenate(points)
-    low, high = everything.min(0), everything.max(0)
-    return (low + high) / 2, max(_SMALLEST_HALF_M, float((high - low).max()) / 2 + _MARGIN_M)
-
-
-def _draw_scene(axes: Axes, scene: Scene, to_plot: _StartFrame, task: Task, centre: np.ndarray, half: float) -> None:
+def _draw_scene(axes: Axes, scene: Scene, to_plot: StartFrame, task: Task, centre: np.ndarray, half: float) -> None:
     names = {mark.solid: mark for mark in scene.landmarks}
     for index, solid in enumerate(scene.solids):
         mark = names.get(index)
@@ -163,7 +134,7 @@ def _draw_scene(axes: Axes, scene: Scene, to_plot: _StartFrame, task: Task, cent
             )
 
 
-def _footprint(solid: Solid, to_plot: _StartFrame, **style: object) -> Polygon:
+def _footprint(solid: Solid, to_plot: StartFrame, **style: object) -> Polygon:
     low, high = solid.low_m, solid.high_m
     corners = np.array([[low[0], low[1]], [high[0], low[1]], [high[0], high[1]], [low[0], high[1]]])
     return Polygon(to_plot.metres(corners), closed=True, **style)
@@ -175,7 +146,7 @@ def _heading_mark(axes: Axes, place: np.ndarray, turned_deg: float, half: float,
     tip = place + 0.17 * half * np.array([np.sin(angle), np.cos(angle)])
     arrow = {"arrowstyle": "-|>", "color": colour, "lw": 1.8, "mutation_scale": 13, "shrinkA": 0, "shrinkB": 0}
     arrow["path_effects"] = _halo(3.5)
-    axes.annotate("", xy=tip, xytext=place, arrowprops=arrow, zorder=10)
+    axes.annotate("", xy=(tip[0], tip[1]), xytext=(place[0], place[1]), arrowprops=arrow, zorder=10)
     axes.plot(*place, "o", ms=7, mfc=colour, mec="white", mew=1.4, zorder=11, label=label)
 
 

@@ -39,6 +39,7 @@ SUMMARY_FILE, INDEX_FILE = "summary.json", "index.png"
 class FlightRunConfig:
     server: str  # ws://host:port
     key: str | None = None  # API key
+    ca_file: Path | None = None  # authorities to trust behind wss://; None: those of this system
     seed: int = 0
     frame_format: Literal["rgb8", "jpeg"] = "rgb8"  # rgb8 sends what the camera saw; jpeg is what a radio link needs
     with_video: bool = True
@@ -78,7 +79,7 @@ def fly_tasks(
     for task in tasks:
         check_task(task)
     flights: list[FlownFlight] = []
-    with SessionClient(config.server, config.key, frame_format=config.frame_format) as client:
+    with SessionClient(config.server, config.key, ca_file=config.ca_file, frame_format=config.frame_format) as client:
         pilot, welcome = ServerPilot(client), client.welcome
         assert welcome is not None  # ServerPilot checked it
         with (

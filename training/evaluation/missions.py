@@ -1,7 +1,5 @@
-"""Missions longer than the model's horizon: several instructions one after the other, flown as one chained session.
+"""Fly missions of several instructions with a policy, and the expert's actions beside it.
 
-A mission starts as a held-out task of the simulator; every further leg is a motion from where the expert ended. The
-pilot says the next instruction when the last segment of a leg was emitted, so the leg begins at the next horizon.
 Source: spec/training.md 8.6; spec/session_protocol.md 2.6.
 """
 
@@ -9,125 +7,50 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
-from worldvln_edge.runtime.bench.bench_table import Part, Table
+from worldvln_edge.runtime.bench.report_table import Part, Table
 from worldvln_edge.runtime.engines.backends import BackendName
-from worldvln_edge.runtime.sessions.chained_session import ChainedSession, chained_horizon
 from worldvln_edge.runtime.sessions.policy import Policy
 from worldvln_edge.runtime.worldvln.worldvln_policy import load_policy
 from worldvln_edge.tasks import Task
 from worldvln_edge.training.evaluation.closed_loop import FlightError, ReplayPilot, expert_actions
 from worldvln_edge.training.evaluation.evaluation import POLICY, evaluate
-from worldvln_edge.training.evaluation.flight_statistics import Outcome, outcome
-from worldvln_edge.training.sim.expert import EXPERT_STEPS, Goal, expert_path
-from worldvln_edge.training.sim.instructions import TASK_KINDS
-from worldvln_edge.training.sim.scene_model import load_scene_model
-from worldvln_edge.training.sim.tasks import generate_task
-
-THEN = ", then "
-"""Between the instructions of a mission."""
-_MOTIONS = [index for index, kind in enumerate(TASK_KINDS) if not kind.has_landmark]
-_CLEARANCE_M, _LOWEST_CM, _HIGHEST_CM = 0.7, 150.0, 700.0
-_DRAWS = 200
-
-
-def generate_mission(index: int, legs: int) -> Task:
-    """Mission number `index` of so many legs: the same one every time, in a held-out scene.
-
-    Args:
-        index: 0-based; kinds of the first leg take turns.
-        legs: at least 1.
-
-    Raises:
-        ValueError: no legs.
-        RuntimeError: no room for it in the scenes that were tried.
-    """
-    if legs < 1:
-        raise ValueError(f"a mission needs at least one leg, found {legs}")
-    turn, kind = divmod(index, len(_MOTIONS))
-    for attempt in range(50):
-        first = generate_task("test", (turn + 1000 * attempt) * len(TASK_KINDS) + _MOTIONS[kind])
-        found = _go_on(first, legs, np.random.default_rng([7, index, legs, attempt]))
-        if found is not None:
-            return msgspec.structs.replace(found, task_id=f"mission-{legs}-{index:06d}")
-    raise RuntimeError(f"found no room for mission {index} of {legs} legs")
+from worldvln_edge.training.evaluation.flight_statistics import (
+    Difference,
+    EvalFlight,
+    Outcome,
+    outcome,
+    success_difference,
+)
+from worldvln_edge.training.evaluation.mission_pilot import MissionPilot
+from worldvln_edge.training.evaluation.mission_tasks import generate_mission
+from worldvln_edge.training.sim.expert import EXPERT_STEPS
 
 
-def _go_on(first: Task, legs: int, rng: np.random.Generator) -> Task | None:
-    assert first.scene is not None  # generated tasks have one
-    model = load_scene_model(first.scene.family, first.scene.seed)
-    path, texts = [np.array(pose) for pose in first.reference_path_raw], [first.instruction]
-    for _ in range(legs - 1):
-        for _ in range(_DRAWS):
-            kind = TASK_KINDS[_MOTIONS[int(rng.integers(len(_MOTIONS)))]]
-            magnitude = kind.draw_magnitude(rng)
-            leg = expert_path(path[-1], Goal(kind.name, magnitude))
-            is_high_enough = _LOWEST_CM <= leg[-1, 2] <= _HIGHEST_CM
-            if is_high_enough and model.path_clearance_m(leg, stop_below_m=_CLEARANCE_M) >= _CLEARANCE_M:
-                path += list(leg[1:])
-                texts.append(kind.say(int(rng.integers(len(kind.templates))), magnitude))
-                break
-        else:
-            return None
-    poses = tuple(tuple(round(float(value), 4) for value in pose) for pose in path)
-    return msgspec.convert(
-        {
-            **msgspec.to_builtins(first),
-            "instruction": THEN.join(texts),
-            "end_pos": poses[-1],
-            "reference_path_raw": poses,
-            "reference_path_preprocessed": (),
-            "kind": f"{legs} legs",
-            "magnitude": (),
-        },
-        Task,
-    )
+class MissionFlights(msgspec.Struct, frozen=True, kw_only=True):
+    """The policy's flights of one number of legs."""
 
-
-class MissionPilot:
-    """A policy in this process, one chained session a mission; every leg is told when its horizon begins."""
-
-    def __init__(self, policy: Policy, legs: int):
-        self._policy, self._legs = policy, legs
-        self._texts: list[str] = []
-        self._session: ChainedSession | None = None
-        self.points, self.image_hw = chained_horizon(policy.info.horizon, legs).points, policy.info.image_hw
-        self.profile: str | None = None
-
-    def start(self, task: Task, seed: int) -> None:
-        self.end()
-        self._texts = task.instruction.split(THEN)
-        if len(self._texts) != self._legs:
-            raise FlightError(f"task {task.task_id!r} has {len(self._texts)} legs, this pilot flies {self._legs}")
-        self._session = ChainedSession(self._policy, self._texts[0], horizons=self._legs, seed=seed)
-
-    def observe(self, frames: Sequence[np.ndarray]) -> np.ndarray:
-        if self._session is None:
-            raise RuntimeError("no flight; call start(task, seed) before observe(frames)")
-        leg, is_new = divmod(self._session.emitted + 1, self._policy.info.horizon.segments)
-        if leg and not is_new:
-            self._session.set_prompt(self._texts[leg])
-        chunk = self._session.observe(frames)
-        if chunk is None:
-            raise FlightError(f"the policy holds {self._session.frames} frames and gave no actions")
-        self.profile = chunk.profile
-        return chunk.actions
-
-    def end(self) -> None:
-        if self._session is not None:
-            self._session.close()
-            self._session = None
+    outcome: Outcome
+    settled_legs: int
+    """Instructions at whose end, or before, the drone had settled."""
+    mean_seconds: float
+    """Until the last instruction ended, at the model's frame rate."""
 
 
 class MissionResult(msgspec.Struct, frozen=True, kw_only=True):
     legs: int
     seconds: float
-    """Of flight, at the model's frame rate."""
-    policy: Outcome
+    """That the instructions have together, at the model's frame rate."""
+    policy: MissionFlights
+    """Every instruction has its whole time."""
+    until_settled: MissionFlights | None
+    """An instruction ends when the drone has settled; None: not flown."""
+    settled_gain: Difference | None
+    """Success of `until_settled` minus that of `policy`."""
     expert: Outcome
 
 
@@ -149,6 +72,7 @@ def measure_missions(
     seed: int = 0,
     backend: BackendName = "cpu",
     threads: int = 0,
+    with_settled: bool = True,
     show_progress: bool = True,
 ) -> MissionReport:
     """Fly missions of every number of legs, and the expert's actions beside them.
@@ -159,6 +83,7 @@ def measure_missions(
         missions: of each number of legs.
         seed: of the draws; mixed with each mission's own.
         backend, threads: see `load_policy`.
+        with_settled: fly them once more, with instructions that end when the drone has settled.
         show_progress: bars on stderr.
 
     Raises:
@@ -169,11 +94,19 @@ def measure_missions(
     """
     policy = load_policy(bundle_folder, backend=backend, threads=threads)
     with closing(policy):
-        return fly_missions(policy, legs=legs, missions=missions, seed=seed, show_progress=show_progress)
+        return fly_missions(
+            policy, legs=legs, missions=missions, seed=seed, with_settled=with_settled, show_progress=show_progress
+        )
 
 
 def fly_missions(
-    policy: Policy, *, legs: Sequence[int], missions: int, seed: int = 0, show_progress: bool = True
+    policy: Policy,
+    *,
+    legs: Sequence[int],
+    missions: int,
+    seed: int = 0,
+    with_settled: bool = True,
+    show_progress: bool = True,
 ) -> MissionReport:
     """As `measure_missions`, with a policy that is loaded."""
     horizon = policy.info.horizon
@@ -182,50 +115,97 @@ def fly_missions(
             f"a leg of a mission has {EXPERT_STEPS} actions, {policy.info.name} flies {horizon.num_frames - 1} a "
             "horizon; missions need a model of 49 frames"
         )
-    results = []
-    for count in legs:
-        tasks = [generate_mission(index, count) for index in range(missions)]
-        actions = count * EXPERT_STEPS
-        pilots = (MissionPilot(policy, count), ReplayPilot(expert_actions, num_actions=actions))
-        flown = [_fly(tasks, pilot, seed=seed, show_progress=show_progress) for pilot in pilots]
-        seconds = actions / horizon.fps
-        results.append(MissionResult(legs=count, seconds=seconds, policy=flown[0], expert=flown[1]))
     return MissionReport(
         model=policy.info.name,
         precision=policy.info.precision,
         missions=missions,
         seed=seed,
-        results=tuple(results),
+        results=tuple(
+            _fly_legs(
+                policy, count, missions=missions, seed=seed, with_settled=with_settled, show_progress=show_progress
+            )
+            for count in legs
+        ),
     )
 
 
-def _fly(tasks: Sequence[Task], pilot: MissionPilot | ReplayPilot, *, seed: int, show_progress: bool) -> Outcome:
+def _fly_legs(
+    policy: Policy, legs: int, *, missions: int, seed: int, with_settled: bool, show_progress: bool
+) -> MissionResult:
+    tasks = [generate_mission(index, legs) for index in range(missions)]
+    fly = partial(_fly, tasks, seed=seed, show_progress=show_progress)
+    actions, fps = legs * EXPERT_STEPS, policy.info.horizon.fps
+    by_time = MissionPilot(policy, legs)
+    flown = fly(by_time)
+    until_settled, gain = None, None
+    if with_settled:
+        pilot = MissionPilot(policy, legs, ends_when_settled=True)
+        flown_until_settled = fly(pilot)
+        until_settled = _flights(flown_until_settled, pilot, fps)
+        gain = success_difference(flown_until_settled, flown)
+    return MissionResult(
+        legs=legs,
+        seconds=actions / fps,
+        policy=_flights(flown, by_time, fps),
+        until_settled=until_settled,
+        settled_gain=gain,
+        expert=outcome(fly(ReplayPilot(expert_actions, num_actions=actions))),
+    )
+
+
+def _fly(
+    tasks: Sequence[Task], pilot: MissionPilot | ReplayPilot, *, seed: int, show_progress: bool
+) -> tuple[EvalFlight, ...]:
     @contextmanager
     def source() -> Iterator[MissionPilot | ReplayPilot]:
         yield pilot
 
-    return outcome(evaluate(tasks, source, seed=seed, label="missions", show_progress=show_progress).rows[POLICY])
+    return evaluate(tasks, source, seed=seed, label="missions", show_progress=show_progress).rows[POLICY]
+
+
+def _flights(flown: Sequence[EvalFlight], pilot: MissionPilot, fps: float) -> MissionFlights:
+    return MissionFlights(
+        outcome=outcome(flown),
+        settled_legs=pilot.settled_legs,
+        mean_seconds=round(pilot.steps_flown / len(flown) / fps, 3),
+    )
 
 
 def mission_parts(report: MissionReport) -> list[Part]:
-    """Sentences and a table, for `bench_table.render`."""
+    """Sentences and a table, for `report_table.render`."""
     rows = []
     for result in report.results:
-        for name, flown in (("policy", result.policy), ("expert", result.expert)):
-            low, high = flown.success_interval
-            rows.append(
-                (
-                    str(result.legs),
-                    f"{result.seconds:g}",
-                    name,
-                    f"{flown.success_rate:.1%}",
-                    f"{low:.0%} to {high:.0%}",
-                    f"{flown.mean_distance_m:.2f}",
-                    f"{flown.mean_yaw_error_deg:.1f}",
-                )
-            )
-    return [
-        f"{report.model} {report.precision}: {report.missions} missions a row, each one chained session. Success: the "
-        "end lies within 1.5 m and 15 degrees of the expert's, without a collision on the whole way; 95 % intervals.",
-        Table(("legs", "seconds", "flown by", "success", "95 %", "distance m", "yaw deg"), tuple(rows)),
+        rows.append(_row(result, "policy", result.policy.outcome, result.policy))
+        if result.until_settled is not None:
+            rows.append(_row(result, "policy, until settled", result.until_settled.outcome, result.until_settled))
+        rows.append(_row(result, "expert", result.expert))
+    parts: list[Part] = [
+        f"{report.model} {report.precision}: {report.missions} missions a row, flown as chained sessions. Success: the "
+        "end lies within 1.5 m and 15 degrees of the expert's, without a collision on the whole way; 95 % intervals. "
+        "Settled: instructions in which the drone moved less than 3 cm and 1 degree a step, for 10 steps. Seconds: "
+        "until the last instruction ended.",
+        Table(("legs", "flown by", "seconds", "settled", "success", "95 %", "distance m", "yaw deg"), tuple(rows)),
     ]
+    gains = [f"{_points(result.settled_gain)} with {result.legs}" for result in report.results if result.settled_gain]
+    if gains:
+        parts.append(f"Success until settled, minus that with the whole time, in points by legs: {'; '.join(gains)}.")
+    return parts
+
+
+def _row(result: MissionResult, name: str, flown: Outcome, flights: MissionFlights | None = None) -> tuple[str, ...]:
+    low, high = flown.success_interval
+    return (
+        str(result.legs),
+        name,
+        f"{result.seconds if flights is None else flights.mean_seconds:.2f}",
+        "" if flights is None else f"{flights.settled_legs} of {flown.flights * result.legs}",
+        f"{flown.success_rate:.1%}",
+        f"{low:.0%} to {high:.0%}",
+        f"{flown.mean_distance_m:.2f}",
+        f"{flown.mean_yaw_error_deg:.1f}",
+    )
+
+
+def _points(gain: Difference) -> str:
+    points = [100 * share for share in (gain.difference, *gain.interval)]
+    return f"{points[0]:+.1f} ({points[1]:+.1f} to {points[2]:+.1f})"

@@ -28,7 +28,7 @@ from worldvln_edge.runtime.worldvln.worldvln_policy import load_policy
 from worldvln_edge.tasks import Task
 from worldvln_edge.training.demo import demo_tasks
 from worldvln_edge.training.evaluation.closed_loop import SceneSimulators, flight_seed
-from worldvln_edge.training.evaluation.evaluation import POLICY, BundlePilot, evaluate
+from worldvln_edge.training.evaluation.evaluation import evaluate
 from worldvln_edge.training.evaluation.flight_statistics import (
     Difference,
     EvalFlight,
@@ -38,6 +38,8 @@ from worldvln_edge.training.evaluation.flight_statistics import (
     pairing,
     success_difference,
 )
+from worldvln_edge.training.evaluation.pilot_sources import BundlePilot
+from worldvln_edge.training.evaluation.row_flights import POLICY
 from worldvln_edge.training.sim.flights import fly_expert
 from worldvln_edge.training.sim.tasks import generate_task
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from worldvln_edge.generation_profile import EXACT, GenerationProfile
-from worldvln_edge.runtime.bench.bench_table import Part, Table
 from worldvln_edge.runtime.bench.profile_comparison import ProfileAgreement
+from worldvln_edge.runtime.bench.report_table import Part, Table
 from worldvln_edge.training.evaluation.profile_quality import ProfileQuality, ProfileQualityReport
 
 _OTHER_DRAWS = f"{EXACT}, other draws"
 
 
 def profile_parts(report: ProfileQualityReport) -> list[Part]:
-    """Sentences and tables, for `bench_table.render`."""
+    """Sentences and tables, for `report_table.render`."""
     threads = {0: "all cores", 1: "1 thread"}.get(report.threads, f"{report.threads} threads")
     agreements = [(quality.measured.profile.name, quality.measured.agreement) for quality in report.profiles]
     agreements.append((_OTHER_DRAWS, report.other_draws))

@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from worldvln_edge.runtime.engines.backend_option import backend_option
-from worldvln_edge.runtime.profile_options import also_option, own_profiles_option
+from worldvln_edge.command_options import (
+    also_option,
+    backend_option,
+    held_out_tasks_option,
+    json_option,
+    own_profiles_option,
+    seed_option,
+    threads_option,
+)
 from worldvln_edge.training.profile_options import own_profiles
 
 if TYPE_CHECKING:
@@ -24,20 +31,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="Held-out expert flights whose frames all profiles are shown: for speed and agreement with exact.",
 )
-@click.option(
-    "--tasks",
-    type=click.IntRange(min=0),
-    default=108,
-    show_default=True,
-    help="Held-out tasks that every profile flies in closed loop; 0: none.",
-)
+@held_out_tasks_option("Held-out tasks that every profile flies in closed loop; 0: none.", least=0)
 @own_profiles_option
 @also_option
 @backend_option
-@click.option("--threads", type=click.IntRange(min=0), default=0, show_default=True, help="CPU threads; 0: all cores.")
+@threads_option()
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that fly tasks.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the policy's draws.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@seed_option()
+@json_option()
 @click.option(
     "--markdown",
     "markdown_file",
@@ -65,7 +66,7 @@ def profiles_command(
     import msgspec
 
     from worldvln_edge.atomic import atomic_file
-    from worldvln_edge.runtime.bench.bench_table import render
+    from worldvln_edge.runtime.bench.report_table import render
     from worldvln_edge.training.evaluation.profile_quality import ProfileQualityConfig, measure_profiles
     from worldvln_edge.training.evaluation.profile_tables import profile_parts
 

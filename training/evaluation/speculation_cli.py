@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from worldvln_edge.runtime.engines.backend_option import backend_option
+from worldvln_edge.command_options import (
+    backend_option,
+    held_out_tasks_option,
+    json_option,
+    seed_option,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from worldvln_edge.runtime.engines.backends import BackendName
@@ -24,11 +30,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="Share of bit labels that must come as predicted; may be repeated.",
 )
-@click.option("--tasks", type=click.IntRange(min=1), default=108, show_default=True, help="Held-out tasks a row.")
+@held_out_tasks_option("Held-out tasks a row.")
 @backend_option
-@click.option("--threads", type=click.IntRange(min=0), default=0, show_default=True, help="CPU threads; 0: all cores.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the policy's draws.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@threads_option()
+@seed_option()
+@json_option()
 def speculation_command(
     bundle: Path,
     thresholds: tuple[float, ...],
@@ -45,7 +51,7 @@ def speculation_command(
     # Imported here so that `worldvln-edge speculation --help` needs neither engines nor the simulator.
     import msgspec
 
-    from worldvln_edge.runtime.bench.bench_table import render
+    from worldvln_edge.runtime.bench.report_table import render
     from worldvln_edge.training.evaluation.speculation_quality import measure_speculation, speculation_parts
 
     report = measure_speculation(

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from worldvln_edge.runtime.bench.bench_table import Part, Table
+from worldvln_edge.runtime.bench.report_table import Part, Table
 from worldvln_edge.runtime.engines.backends import BackendName
 from worldvln_edge.runtime.worldvln.speculation import SpeculationConfig, SpeculationReport
 from worldvln_edge.runtime.worldvln.text_cache import TextCache
@@ -145,7 +145,7 @@ def _fly(
 
 
 def speculation_parts(report: SpeculationQualityReport) -> list[Part]:
-    """Sentences and a table, for `bench_table.render`."""
+    """Sentences and a table, for `report_table.render`."""
     return [
         f"{report.model} {report.precision} on {report.device}: {report.tasks} held-out tasks, the same draws in every "
         "row. Segments: all but the first of a flight. Bits: median share that came as predicted. Saved: mean time of "

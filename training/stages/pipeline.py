@@ -1,211 +1,268 @@
-"""From flights to a checkpoint: VAE, latents, backbone, features, action heads, one after the other.
+"""From flights to a checkpoint: each stage with the trainer, on the weights of those before it.
 
-Every finished stage is saved in the work folder; a run that was stopped goes on behind the last finished stage.
-Source: spec/training.md 0 (stages), 8.3 (small presets).
+A work folder holds a folder per stage: the run (`trainer.run_folder`) and, once it is finished, `weights/` with
+`model.safetensors` (keys as in a checkpoint folder), `config.json` and the statistics of a head. A stage that is
+finished is not repeated; one that was interrupted goes on. `latents/` and `features/` are caches.
+Source: spec/training.md 0 (stages), 2.8 (export apart from checkpoints), 8.3.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import msgspec
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from tokenizers import Tokenizer
+from torch import Tensor
 
-from worldvln_edge.atomic import atomic_file
-from worldvln_edge.config import ModelConfig
-from worldvln_edge.models.worldvln import HeadStats, WorldVLN, save_checkpoint
-from worldvln_edge.prompts import tagged_prompt
+from worldvln_edge.action_windows import LabelStats
+from worldvln_edge.atomic import atomic_directory, atomic_file
+from worldvln_edge.models.worldvln import CONFIG_FILE, STATS_FILE, TENSOR_FILE, HeadStats, WorldVLN, save_checkpoint
 from worldvln_edge.runtime.worldvln.tokenizer import PromptTokenizer
-from worldvln_edge.training.sim.instructions import instruction_vocabulary
-from worldvln_edge.training.sim.shards import fingerprint_shards, list_shards
-from worldvln_edge.training.stages.action import ActionTrainingConfig, cache_features, train_latent_head
-from worldvln_edge.training.stages.backbone import BackboneTrainingConfig, TextBatch, train_backbone
-from worldvln_edge.training.stages.flight_data import load_flights
-from worldvln_edge.training.stages.loop import OptimiserConfig
-from worldvln_edge.training.stages.rgb_head import RgbTrainingConfig, train_rgb_head
-from worldvln_edge.training.stages.tokenizer import build_word_tokenizer
-from worldvln_edge.training.stages.vae import VaeTrainingConfig, encode_flights, train_vae
+from worldvln_edge.training.data.flight_source import FlightSource
+from worldvln_edge.training.stages.backbone_stage import BackboneStage
+from worldvln_edge.training.stages.flight_subset import first_flights
+from worldvln_edge.training.stages.released_output import write_released
+from worldvln_edge.training.stages.stage_builder import StageBuilder
+from worldvln_edge.training.stages.stage_tables import COMMAND_OF_PART, STAGES, ChainConfig
+from worldvln_edge.training.stages.training_start import Start
+from worldvln_edge.training.trainer.distributed import Ranks
+from worldvln_edge.training.trainer.gpus import peak_of_device
+from worldvln_edge.training.trainer.recipe import Recipe
+from worldvln_edge.training.trainer.run_folder import CURVE_FILE, RUN_FILE, identity_hash, is_run
+from worldvln_edge.training.trainer.trainer import Trainer, run_identity
 
-TIME_EMBED_STD = 0.7  # spec/training.md 8.6: small heads learn motion only from a large time embedding
-
-
-class WorkFolderError(ValueError):
-    """The work folder belongs to another run."""
-
-
-class DeviceError(ValueError):
-    """The device that was asked for is not here."""
+WEIGHTS = "weights"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Everything a run depends on besides preset, data and seed."""
-
-    vae: VaeTrainingConfig = field(default_factory=VaeTrainingConfig)
-    backbone: BackboneTrainingConfig = field(default_factory=BackboneTrainingConfig)
-    action: ActionTrainingConfig = field(default_factory=ActionTrainingConfig)
-    rgb: RgbTrainingConfig = field(default_factory=RgbTrainingConfig)
-    feature_flights: int = 2000  # flights whose decoder features are cached; 0.8 MB each for `nano`
-
-    def scaled(self, share: float) -> Recipe:
-        """The same recipe with every stage's steps multiplied (rehearsals, tests)."""
-
-        def fewer(optimiser: OptimiserConfig) -> OptimiserConfig:
-            return replace(optimiser, steps=max(2, int(optimiser.steps * share)))
-
-        def shorter(stage):
-            return replace(stage, optimiser=fewer(stage.optimiser))
-
-        return replace(
-            self,
-            vae=replace(shorter(self.vae), encoder=fewer(self.vae.encoder)),
-            backbone=shorter(self.backbone),
-            action=shorter(self.action),
-            rgb=shorter(self.rgb),
-        )
+class ChainError(ValueError):
+    """A stage that lacks what it starts from, or a checkpoint that would lack a part."""
 
 
-def train_model(
-    config: ModelConfig,
-    data: Path,
-    work: Path,
-    out: Path,
-    *,
-    seed: int = 0,
-    recipe: Recipe,
-    limit: int | None = None,
-    device: str = "cpu",
-) -> None:
-    """Train every network of a small preset and write the checkpoint folder `out`.
+class TrainingChain:
+    """Stages on one work folder.
 
     Args:
-        config: preset.
-        data: folder of flight shards.
-        work: finished stages and the loss curve.
-        out: checkpoint folder.
+        start: preset or checkpoint.
+        recipe: with the tables of `stage_tables`.
+        flights: training rows, at the preset's frame size.
+        held_out: rows of validation, or None.
+        data_fingerprint, held_out_fingerprint: of these rows, for `run.json`.
+        work: folder.
         seed: of initial weights and all draws.
-        recipe: stages.
-        limit: use at most that many flights.
-        device: where the networks are trained, e.g. "cuda"; flights stay in the computer's memory, batches move.
-            Initial weights and batches do not depend on it; rounding and stochastic depth do. A stopped run may go on
-            on another device.
-
-    Raises:
-        DeviceError: this machine, or this build of PyTorch, has no such device.
-        FlightDataError: data that does not fit the preset.
-        WorkFolderError: `work` holds a run with other settings.
-        TrainingDivergedError: losses that are not finite.
+        ranks: the processes.
+        show_progress: bars on stderr.
     """
-    where = _device(device)
-    work.mkdir(parents=True, exist_ok=True)
-    curve = work / "loss_curve.jsonl"
-    flights = load_flights(data, num_frames=config.horizon.num_frames, image_hw=config.image_hw, limit=limit)
-    stats = flights.label_stats()
-    torch.manual_seed(seed)
-    model = WorldVLN(config, time_embed_std=TIME_EMBED_STD).to(where)
-    tag = tagged_prompt("", config.horizon)
-    tokenizer = build_word_tokenizer(instruction_vocabulary(), tag, config.text_encoder.vocabulary)
-    text = TextBatch(flights.instructions, PromptTokenizer(tokenizer, config.world_model.text_max_tokens), config)
 
-    run = {
-        "seed": seed,
-        "preset": config.name,
-        "model_sha256": hashlib.sha256(config.to_json()).hexdigest(),
-        "flights": len(flights),
-        "data_fingerprint": fingerprint_shards(list_shards(data)),
-        "recipe": asdict(recipe),
-    }
-    stages = _Stages(work, run)
-    if not stages.load("vae", model.vae):
-        train_vae(model.vae, config, flights, recipe.vae, curve, seed=seed)
-        stages.save("vae", model.vae)
-    backbone = nn.ModuleDict({"text_encoder": model.text_encoder, "world_model": model.world_model})
-    if not stages.load("sft", backbone):
-        latents = encode_flights(model.vae, flights)
-        train_backbone(
-            model.text_encoder, model.world_model, config, latents, text, recipe.backbone, curve, seed=seed + 1
+    def __init__(
+        self,
+        start: Start,
+        recipe: Recipe,
+        flights: FlightSource,
+        work: Path,
+        *,
+        data_fingerprint: str,
+        seed: int,
+        ranks: Ranks,
+        held_out: FlightSource | None = None,
+        held_out_fingerprint: str | None = None,
+        show_progress: bool = True,
+    ):
+        self._start, self._recipe, self._work, self._seed = start, recipe, work, seed
+        self._chain: ChainConfig = recipe.tables["chain"]
+        self._flights = first_flights(flights, self._chain.limit)
+        self._data = {"flights": len(self._flights), "data": data_fingerprint, "held_out": held_out_fingerprint}
+        self._ranks, self._show_progress = ranks, show_progress and ranks.is_first
+        self._config = start.config
+        self._tokenizer_json = start.tokenizer_json(self._flights.instruction(row) for row in range(len(self._flights)))
+        self._builder = StageBuilder(
+            start,
+            recipe,
+            PromptTokenizer(Tokenizer.from_str(self._tokenizer_json), start.config.world_model.text_max_tokens),
+            self._flights,
+            held_out,
+            work,
+            seed=seed,
+            ranks=ranks,
+            show_progress=self._show_progress,
         )
-        stages.save("sft", backbone)
-    if not stages.load("action", model.latent_head):
-        used = flights.take(np.arange(min(recipe.feature_flights, len(flights))))
-        latents = encode_flights(model.vae, used)
-        networks = (model.vae.eval(), model.world_model.eval(), model.text_encoder.eval())
-        cache = cache_features(*networks, config, latents, text, seed=seed)
-        train_latent_head(model.latent_head, config, used, cache, stats, recipe.action, curve, seed=seed + 3)
-        stages.save("action", model.latent_head)
-    if not stages.load("rgb_head", model.rgb_head):
-        train_rgb_head(model.rgb_head, flights, stats, recipe.rgb, curve, seed=seed + 2)
-        stages.save("rgb_head", model.rgb_head)
-    save_checkpoint(
-        out,
-        model,
-        HeadStats(latent_head=stats, rgb_head=stats),
-        tokenizer.to_str(pretty=True),
-        extra_files={"loss_curve.jsonl": curve, "run.json": stages.run_file},
-    )
 
+    def check(self, stages: Sequence[str], *, has_out: bool) -> None:
+        """Whether every stage will find what it starts from; before anything is computed.
 
-class _Stages:
-    """Finished stages of one run; a work folder of another run (seed, preset, model, data, recipe) is refused."""
-
-    def __init__(self, work: Path, run: dict[str, Any]):
-        self._work = work
-        self._seed = int(run["seed"])
-        self.run_file = work / "run.json"
-        text = json.dumps(run, indent=1) + "\n"
-        if self.run_file.exists():
-            changed = _changed_keys(self.run_file, json.loads(text))
-            if changed:
-                raise WorkFolderError(
-                    f"{work} holds another run: {', '.join(changed)} of {self.run_file} differ; "
-                    "give an empty --work folder"
+        Raises:
+            ChainError: a part that is trained neither here nor in the checkpoint, or lacks for the output.
+            RecipeError: a stage that the recipe does not have.
+            WorkFolderError: a stage's folder is another run's.
+        """
+        sft = self._recipe.stages.get("sft")
+        if self._start.source is None and sft is not None and not sft.config.train_text_encoder:
+            raise ChainError(
+                f"{self._config.name} has a text encoder that is not trained here; give --checkpoint with the released "
+                "files instead of --preset"
+            )
+        parts = self._start.parts() | {STAGES[name].makes for name in STAGES if self._is_finished(name)}
+        for name in stages:
+            self._recipe.stage(name)
+            needs = set(STAGES[name].needs)
+            if name == "action" and self._recipe.stage(name).config.predicted_share > 0:
+                needs |= {"world_model"}
+            for part in sorted(needs - parts):
+                command = COMMAND_OF_PART[part]
+                raise ChainError(
+                    f"{name} needs a trained {part}: run `worldvln-edge train {command}` with the same --work first, "
+                    "or give --checkpoint"
                 )
+            parts.add(STAGES[name].makes)
+        missing = {STAGES[name].makes for name in STAGES} - parts
+        if has_out and missing and not self._writes_released(parts):
+            commands = ", ".join(sorted({COMMAND_OF_PART[part] for part in missing}))
+            raise ChainError(
+                f"--out writes a whole checkpoint, and {', '.join(sorted(missing))} is not trained: run `worldvln-edge "
+                f"train` {commands} with the same --work, or leave --out out"
+            )
+
+    def run(self, stages: Sequence[str]) -> None:
+        """Train the stages, one after the other; those that are finished are left as they are.
+
+        Raises:
+            What `check` and `Trainer.run` raise, and the stages' own errors.
+        """
+        for name in stages:
+            if not self._is_finished(name):
+                self._train(name)
+
+    def write_checkpoint(self, out: Path) -> None:
+        """Write all parts as a checkpoint folder, with the loss curves and the runs they are from.
+
+        A model that began as released files and still has no RGB head is written as such, see `released_output`.
+        """
+        if self._ranks.is_first:
+            self._write(out)
+        self._ranks.wait()
+
+    def _write(self, out: Path) -> None:
+        finished = [name for name in STAGES if self._is_finished(name)]
+        curves = "".join(self._text(name, CURVE_FILE) for name in finished)
+        runs = json.dumps({name: json.loads(self._text(name, RUN_FILE)) for name in finished}, indent=1)
+        curve_file, runs_file = self._work / CURVE_FILE, self._work / RUN_FILE
+        for file, text in ((curve_file, curves), (runs_file, runs + "\n")):
+            with atomic_file(file) as building:
+                building.write_text(text, encoding="utf-8")
+        parts = self._start.parts() | {STAGES[name].makes for name in finished}
+        if self._start.released is not None and self._writes_released(parts):
+            trained = {"adapter", "action"} & set(finished)
+            write_released(
+                out,
+                self._start.released,
+                self._model(),
+                has_backbone="sft" in finished,
+                action_stats=self._head_stats().latent_head if trained else None,
+            )
             return
-        if any(work.glob("*.safetensors")):
-            raise WorkFolderError(f"{work} holds weights but no run.json that says of which run; give an empty folder")
-        with atomic_file(self.run_file) as building:
-            building.write_text(text, encoding="utf-8")
+        save_checkpoint(
+            out,
+            self._model(),
+            self._head_stats(),
+            self._tokenizer_json,
+            extra_files={CURVE_FILE: curve_file, RUN_FILE: runs_file},
+        )
 
-    def load(self, stage: str, module: nn.Module) -> bool:
-        """Load a finished stage; or say that it is still to do, with the draws that it always begins with."""
-        path = self._work / f"{stage}.safetensors"
-        if not path.exists():
-            torch.manual_seed(self._seed + sum(stage.encode()))  # stochastic depth draws from the global generator
+    def _writes_released(self, parts: set[str]) -> bool:
+        """Whether the output is a folder with `released.json`: an RGB head is all that is missing."""
+        return self._start.released is not None and set(COMMAND_OF_PART) - parts == {"rgb_head"}
+
+    def _train(self, name: str) -> None:
+        model = self._model()
+        torch.manual_seed(self._seed + sum(name.encode()))  # what a stage adds to the networks
+        readouts = None
+        if name == "vae" and self._is_finished("vae_encoder"):
+            readouts = _below(self._weights("vae_encoder"), "readouts.")
+        stage = self._builder.build(name, model, readouts)
+        device = self._ranks.device
+        result = Trainer(
+            stage,
+            self._recipe.stage(name).optimiser,
+            self._recipe.trainer,
+            self._work / name,
+            self._inputs(name),
+            seed=self._seed,
+            ranks=self._ranks,
+            peak_flops=peak_of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
+            show_progress=self._show_progress,
+        ).run()
+        if self._ranks.is_first:
+            exported = stage.exported_state(result.weights) if isinstance(stage, BackboneStage) else result.weights
+            self._save(name, STAGES[name].model_weights(exported), getattr(stage, "stats", None))
+        self._ranks.wait()
+
+    def _model(self) -> WorldVLN:
+        """The start with the weights of all finished stages over it."""
+        model = self._start.model(self._seed)
+        for name in STAGES:
+            if self._is_finished(name):
+                weights = {k: v for k, v in self._weights(name).items() if not k.startswith("readouts.")}
+                unknown = model.load_state_dict(weights, strict=False).unexpected_keys
+                if unknown:
+                    raise ChainError(f"{self._work / name / WEIGHTS}: {unknown[0]} is no weight of {self._config.name}")
+        return model
+
+    def _inputs(self, name: str) -> dict[str, Any]:
+        """What a stage's result depends on, besides seed, optimiser and precision."""
+        before = {other: identity_hash(self._run(other)) for other in STAGES[name].after if self._is_finished(other)}
+        return {
+            "preset": self._config.name,
+            "model_sha256": hashlib.sha256(self._config.to_json()).hexdigest(),
+            "checkpoint": self._start.fingerprint(),
+            "config": msgspec.to_builtins(self._recipe.stage(name).config),
+            **({"chain": self._kept()} if name in ("adapter", "action") else {}),
+            **self._data,
+            **({"before": before} if before else {}),
+        }
+
+    def _kept(self) -> dict[str, Any]:
+        return {"action_flights": self._chain.action_flights, "keep": self._chain.keep}
+
+    def _run(self, name: str) -> dict[str, Any]:
+        recipe = self._recipe.stage(name)
+        return run_identity(name, self._seed, self._recipe.trainer, recipe.optimiser, self._inputs(name))
+
+    def _is_finished(self, name: str) -> bool:
+        """Whether a stage of this very run is done. Raises WorkFolderError where its folder is another run's."""
+        if name not in self._recipe.stages or not (self._work / name / WEIGHTS / CONFIG_FILE).is_file():
             return False
-        module.load_state_dict(load_file(path))
-        module.eval()
-        return True
+        return is_run(self._work / name, self._run(name))
 
-    def save(self, stage: str, module: nn.Module) -> None:
-        path = self._work / f"{stage}.safetensors"
-        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
-        with atomic_file(path) as building:
-            save_file(tensors, building)
+    def _weights(self, name: str) -> dict[str, Tensor]:
+        return load_file(self._work / name / WEIGHTS / TENSOR_FILE)
+
+    def _text(self, name: str, file: str) -> str:
+        return (self._work / name / file).read_text(encoding="utf-8")
+
+    def _save(self, name: str, weights: Mapping[str, Tensor], stats: LabelStats | None) -> None:
+        with atomic_directory(self._work / name / WEIGHTS, CONFIG_FILE) as building:
+            tensors = {key: tensor.contiguous() for key, tensor in weights.items()}
+            save_file(tensors, building / TENSOR_FILE, metadata={"format": "pt"})
+            if stats is not None:
+                (building / STATS_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(stats)) + b"\n")
+            (building / CONFIG_FILE).write_bytes(self._config.to_json() + b"\n")
+
+    def _head_stats(self) -> HeadStats:
+        """Statistics of both heads: of the stages that trained them, else of the checkpoint."""
+        found: dict[str, LabelStats] = {}
+        for stage, head in (("action", "latent_head"), ("rgb_head", "rgb_head")):
+            if self._is_finished(stage):
+                content = (self._work / stage / WEIGHTS / STATS_FILE).read_bytes()
+                found[head] = msgspec.json.decode(content, type=LabelStats)
+            else:
+                found[head] = getattr(self._start.head_stats(), head)
+        return HeadStats(**found)
 
 
-def _changed_keys(run_file: Path, run: dict[str, Any]) -> list[str]:
-    """Keys in which the run of a file is not `run`."""
-    try:
-        found = json.loads(run_file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WorkFolderError(f"{run_file}: not JSON ({error}); give an empty --work folder") from error
-    if not isinstance(found, dict):
-        raise WorkFolderError(f"{run_file}: describes no run; give an empty --work folder")
-    return [key for key in {**run, **found} if key not in found or key not in run or found[key] != run[key]]
-
-
-def _device(name: str) -> torch.device:
-    """Raise DeviceError unless tensors can be put there: here, rather than after the flights are read."""
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
-        reason = str(error).strip().splitlines()[0]
-        raise DeviceError(f"no device {name!r} for training here ({reason}); give --device cpu") from error
-    return device
+def _below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}

@@ -10,6 +10,8 @@ Source: spec/world_model.md 6 (sampling, guidance); spec/training.md 8.6 (head t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,9 @@ def predict_clip(
     observed_BCTHW: Tensor,
     text_BXt: Tensor,
     text_lengths: list[int],
-    generator: torch.Generator,
+    generator: torch.Generator | Sequence[torch.Generator],
+    *,
+    is_teacher_forced: bool = False,
 ) -> Tensor:
     """Sample the summed codes of one clip given the raw features of the clips before it.
 
@@ -45,7 +49,9 @@ def predict_clip(
         model: the world model; the other tensors must be on its device.
         observed_BCTHW: raw features of at least the latent frames before the clip.
         text_BXt, text_lengths: as `TextBatch.features` gives them.
-        generator: CPU generator of the draws.
+        generator: CPU generator of the draws, one for the batch or one for every row.
+        is_teacher_forced: show every scale the true bits of the coarser ones in the place of those that were drawn;
+            `observed_BCTHW` holds the clip itself, too.
 
     Returns:
         float32 [B, C, T, H, W].
@@ -58,13 +64,17 @@ def predict_clip(
     codes = torch.zeros(batch, config.world_model.latent_channels, clip.frames, rows, cols, device=device)
     uncond = model.cfg_uncond[: text_BXt.shape[1]].expand_as(text_BXt)
     own: list[EncodedScale] = []
-    for step in clip.steps:
+    true_bits = None
+    if is_teacher_forced:
+        true_bits, _ = encode_bits(observed_BCTHW[:, :, clip.frame_slice], clip, config.world_model)
+    shown = codes
+    for index, step in enumerate(clip.steps):
         width = bits_per_token(step, config.world_model)
         current = EncodedScale(
             clip=clip_index,
             scale=step.scale,
             real_scale_id_B=torch.full((batch,), step.real_scale_id),
-            input_BLC=tokens_of_latents(step_input(codes, step)),
+            input_BLC=tokens_of_latents(step_input(shown, step)),
             label_bits_BLd=torch.zeros(batch, step.tokens, width, dtype=torch.bool, device=device),
         )
         scales = [*context, *own, current]
@@ -76,13 +86,56 @@ def predict_clip(
         guided = logits[0]
         if len(logits) == 2:
             guidance = config.generation
-            guided = adaptive_projected_guidance(*logits, guidance.cfg, guidance.apg_norm_threshold, guidance.apg_eta)
-        draws = torch.rand(guided.shape[:-1], generator=generator).to(device)
+            guided = adaptive_projected_guidance(
+                logits[0], logits[1], guidance.cfg, guidance.apg_norm_threshold, guidance.apg_eta
+            )
+        draws = _uniform(tuple(guided.shape[:-1]), generator).to(device)
         bits = draws < torch.sigmoid(guided[..., 1] - guided[..., 0])
         codes = add_codes(codes, bits.unflatten(1, step.thw))
+        shown = codes if true_bits is None else add_codes(shown, true_bits[index])
         if schedule.config.context_from_largest_no <= 0 and step.is_last_repetition:
             own.append(current)
     return codes
+
+
+def predict_flight(
+    model: WorldModel,
+    config: ModelConfig,
+    schedule: ScaleSchedule,
+    observed_BCTHW: Tensor,
+    text_BXt: Tensor,
+    text_lengths: list[int],
+    generator: torch.Generator | Sequence[torch.Generator],
+    *,
+    is_teacher_forced: bool = False,
+) -> Tensor:
+    """Summed codes of every clip but the first, each predicted from the real ones before it: float32 [B, C, T-1, H, W].
+
+    Args as `predict_clip`; `observed_BCTHW` holds all latent frames of the schedule.
+    """
+    return torch.cat(
+        [
+            predict_clip(
+                model,
+                config,
+                schedule,
+                clip.index,
+                observed_BCTHW,
+                text_BXt,
+                text_lengths,
+                generator,
+                is_teacher_forced=is_teacher_forced,
+            )
+            for clip in schedule.clips[1:]
+        ],
+        2,
+    )
+
+
+def _uniform(shape: tuple[int, ...], generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
+    if isinstance(generator, torch.Generator):
+        return torch.rand(shape, generator=generator)
+    return torch.stack([torch.rand(shape[1:], generator=own) for own in generator])
 
 
 def _reference_closure(schedule: ScaleSchedule, clip_index: int) -> list[tuple[int, int]]:

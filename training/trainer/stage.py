@@ -14,7 +14,8 @@ Source: spec/training.md 1.5 (packing, random streams), 2.6 (denominators), 2.8 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -24,32 +25,102 @@ MicroBatch = Sequence[int]
 """Rows that go through the networks together."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """Parameters with a learning rate of their own."""
+
+    parameters: Sequence[nn.Parameter]
+    rate: float = 1.0
+    """Multiplies the learning rate."""
+
+
 class Stage(Protocol):
-    """One stage, built from networks, data and a config of its own."""
+    """One stage, built from networks, data and a config of its own.
 
-    name: str
-    """As in spec/training.md 0: `vae`, `sft`, `adapter`, `action`, `rgb_head`."""
+    A stage may also have these members; the functions below ask for them:
 
-    network: nn.Module
-    """What is trained; parameters that stay as they are have `requires_grad` False."""
+    - `parameter_groups() -> Sequence[ParameterGroup]`: learning rates that differ within the network. Parameters that
+      are named nowhere have the plain rate.
+    - `epoch_started(epoch: int) -> None`: called before the first step of an epoch (0-based) and after a resume, with
+      the network still whole: freeze and thaw (`requires_grad`), change `coefficients`.
+    - `shard_units() -> Sequence[nn.Module]`: modules whose parameters lie on one rank only while they run, for
+      networks that are too large for one GPU. Each is called as a module (not by a method besides `forward`).
+    - `best_metric: str`: the metric of `validate` whose smallest value marks the step that is kept and exported.
+    - `flops(batch) -> int` and `tokens(batch) -> int`: of forward and backward of a micro-batch, for MFU and tokens/s.
+    """
 
-    coefficients: Mapping[str, float]
-    """What is minimised: the sum of coefficient * term. Terms that are not named are logged only."""
+    @property
+    def name(self) -> str:
+        """As in spec/training.md 0: `vae`, `sft`, `adapter`, `action`, `rgb_head`."""
+
+    @property
+    def network(self) -> nn.Module:
+        """What is trained; parameters that stay as they are have `requires_grad` False."""
+
+    @property
+    def coefficients(self) -> Mapping[str, float]:
+        """What is minimised: the sum of coefficient * term; read every step. Terms without one are logged only."""
 
     def plan(self, epoch: int) -> Sequence[Sequence[MicroBatch]]:
         """The steps of an epoch, each the micro-batches of one optimiser step; every row once."""
 
     def load(self, epoch: int, rows: MicroBatch) -> Any:
-        """Read the rows and make every draw that belongs to them; may run in a worker process, so without networks."""
+        """Read the rows and make every draw that belongs to them; may run in a worker process, so without networks.
+
+        Tensors are on the CPU; `totals` moves them.
+        """
 
     def weights(self, batch: Any) -> Mapping[str, float]:
-        """Denominator of every term over this micro-batch, without running a network."""
+        """Denominator of every term over this micro-batch, without running a network.
+
+        A term may be missing where the micro-batch has nothing of it.
+        """
 
     def totals(self, batch: Any) -> Mapping[str, Tensor]:
-        """Numerator of every term: scalars, with a gradient where the term has a coefficient."""
+        """Numerator of every term: scalars, with a gradient where the term has a coefficient. Terms as in `weights`."""
 
     def validate(self) -> Mapping[str, float]:
-        """Metrics on held-out rows, without random corruption; empty where the stage has no held-out rows."""
+        """Metrics on held-out rows, without random corruption; empty where the stage has no held-out rows.
+
+        Networks are in eval mode and draw nothing; every rank gets the same numbers.
+        """
+
+
+def parameter_groups(stage: Stage) -> list[ParameterGroup]:
+    """All parameters of a stage's network, each in one group, those without a rate of their own first."""
+    own = _optional(stage, "parameter_groups", lambda: ())()
+    named = {id(parameter) for group in own for parameter in group.parameters}
+    rest = [parameter for parameter in stage.network.parameters() if id(parameter) not in named]
+    return [ParameterGroup(parameters=rest), *own]
+
+
+def start_epoch(stage: Stage, epoch: int) -> None:
+    """Tell a stage that wants to know that an epoch begins."""
+    _optional(stage, "epoch_started", lambda epoch: None)(epoch)
+
+
+def shard_units(stage: Stage) -> list[nn.Module]:
+    """Modules that are sharded one by one; the rest of the network is one unit."""
+    return list(_optional(stage, "shard_units", lambda: ())())
+
+
+def best_metric(stage: Stage) -> str | None:
+    """Metric that says which step is the best, None where the last one is."""
+    return getattr(stage, "best_metric", None)
+
+
+def batch_flops(stage: Stage, batch: Any) -> int | None:
+    """FLOP of forward and backward of a micro-batch, None where the stage does not say."""
+    return _optional(stage, "flops", lambda batch: None)(batch)
+
+
+def batch_tokens(stage: Stage, batch: Any) -> int | None:
+    """Tokens of a micro-batch, None where the stage does not say."""
+    return _optional(stage, "tokens", lambda batch: None)(batch)
+
+
+def _optional(stage: Stage, name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    return getattr(stage, name, otherwise)
 
 
 def row_generator(seed: int, epoch: int, row: int) -> torch.Generator:

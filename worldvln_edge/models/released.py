@@ -68,13 +68,17 @@ def open_world_model(path: Path, config: WorldModelConfig, *, trust_pickle: bool
         CheckpointError: nothing there, unreadable or truncated file, missing or unexpected keys, other shapes.
     """
     path = Path(path)
-    tensors = {key: tensor for key, tensor in _open_container(path, trust_pickle).items() if key not in _IGNORED}
+    tensors = {
+        key: tensor
+        for key, tensor in open_world_model_file(path, trust_pickle=trust_pickle).items()
+        if key not in _IGNORED
+    }
     with torch.device("meta"):
         expected = WorldModel(config).state_dict()
     learned = tensors.get("cfg_uncond")
     if learned is not None and len(learned.shape) == 2 and learned.shape[1] == config.text_channels:
         tensors["cfg_uncond"] = replace(
-            learned, shape=tuple(expected["cfg_uncond"].shape), load=partial(_fit_rows, learned, config)
+            learned, shape=tuple(expected["cfg_uncond"].shape), load=partial(fit_cfg_uncond, learned, config)
         )
     if "sos_token" not in tensors:
         shape = tuple(expected["sos_token"].shape)
@@ -85,7 +89,12 @@ def open_world_model(path: Path, config: WorldModelConfig, *, trust_pickle: bool
     return {key: tensors[key] for key in expected}
 
 
-def _open_container(path: Path, trust_pickle: bool) -> FileTensors:
+def open_world_model_file(path: Path, *, trust_pickle: bool = False) -> FileTensors:
+    """The tensors of any container named above, unread, under the names that they have there.
+
+    Raises:
+        CheckpointError: nothing there, unreadable or truncated file, a torch file of something else.
+    """
     if not path.exists():
         raise CheckpointError(f"no weights at {path}; give a folder of shards, a .safetensors file or a torch file")
     if path.is_dir():
@@ -106,7 +115,8 @@ def _open_container(path: Path, trust_pickle: bool) -> FileTensors:
     return file.tensors("trainer", "gpt_fsdp")
 
 
-def _fit_rows(learned: FileTensor, config: WorldModelConfig) -> Tensor:
+def fit_cfg_uncond(learned: FileTensor, config: WorldModelConfig) -> Tensor:
+    """`cfg_uncond` cut to the configured rows, or filled up with the first value of the missing ones."""
     rows = learned.load()[: config.text_max_tokens]
     return torch.cat((rows, initial_cfg_uncond(config)[rows.shape[0] :].to(rows.dtype)))
 

@@ -1,4 +1,4 @@
-"""The released action decoder: read its checkpoints, and load them into the two action heads.
+"""The released action decoder: read its checkpoints, load them into the two action heads, and write one.
 
 Source: spec/action_decoder.md 3, 8; spec/training.md 4.8.
 """
@@ -7,14 +7,17 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from worldvln_edge.action_windows import LabelStats
+from worldvln_edge.atomic import atomic_file
 from worldvln_edge.models.action_decoder import LatentActionHead, RgbActionHead
 from worldvln_edge.models.checkpoint_file import (
     CheckpointError,
@@ -24,7 +27,12 @@ from worldvln_edge.models.checkpoint_file import (
     without_module_prefix,
 )
 from worldvln_edge.models.stored_tensors import FileTensor, FileTensors, TorchFile, read_all
+from worldvln_edge.models.timesformer import TimesFormer
+from worldvln_edge.models.video_vae import VideoVAE
 
+COMBINED_FILE = "stage2_latent2action_combined.pt"
+_FORMAT = "stage2_latent2action_combined_v2_resumable"
+_VAE_PART = ("proj_up.", "post_quant_conv.", "decoder.", "scale_learnable_parameters")
 _STATS_FIELDS = ("mean_angles", "std_angles", "mean_t", "std_t")
 _VAE_DEFAULTS = {
     "semantic_scale_dim": 16,
@@ -106,6 +114,81 @@ def load_latent_head(head: LatentActionHead, checkpoint: CombinedCheckpoint) -> 
         load_strictly(module, read_all(stored), f"{checkpoint.path}: {name}")
 
 
+def save_combined_checkpoint(
+    path: Path,
+    head: LatentActionHead,
+    vae: VideoVAE,
+    stats: LabelStats,
+    *,
+    stats_source: str,
+    epoch: int,
+    global_step: int,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a combined (Stage 2) checkpoint in the released layout, whole or not at all.
+
+    Statistics are tensors, so that a plain safe load reads the file; there are no paths of this machine in it, and the
+    optimiser's state is not part of it (the trainer keeps that in its own file).
+
+    Args:
+        path: usually named `COMBINED_FILE`.
+        head: adapter and TimesFormer.
+        vae: its decoder side is stored.
+        stats: label statistics that the head was trained with.
+        stats_source: where they came from, in words.
+        epoch, global_step: finished ones.
+        settings: plain values that are kept as `args`, over the defaults of the VAE's construction.
+    """
+
+    def stored(module: nn.Module, *starts: str) -> dict[str, Tensor]:
+        tensors = module.state_dict().items()
+        return {name: tensor.detach().cpu().float() for name, tensor in tensors if name.startswith(starts or ("",))}
+
+    sizes, tsformer = head.config.latent_head, stored(head.tsformer)
+    content = {
+        "format": _FORMAT,
+        "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "epoch": epoch,
+        "global_step": global_step,
+        "infinitystar_vae_path": None,
+        "infinitystar_vae_type": vae.config.raw_channels,
+        "tsformer_pretrained": None,
+        "adapter_ckpt": None,
+        "model_config": {
+            "num_frames": sizes.window,
+            "embed_dim": sizes.width,
+            "patch_size": sizes.patch,
+            "W_grid": sizes.grid_hw[1],
+        },
+        "vae_state_dict": stored(vae, *_VAE_PART),
+        "label_stats": {name: torch.tensor(getattr(stats, name), dtype=torch.float32) for name in _STATS_FIELDS},
+        "label_stats_source": stats_source,
+        "adapter_state_dict": stored(head.adapter),
+        "tsformer_state_dict": tsformer,
+        "model_state_dict": tsformer,
+        "args": _VAE_DEFAULTS | {"infinitystar_vae_type": vae.config.raw_channels} | dict(settings or {}),
+    }
+    with atomic_file(path) as building:
+        torch.save(content, building)
+
+
+def open_timesformer(path: Path, *, trust_pickle: bool = False) -> FileTensors:
+    """A TimesFormer, unread, from a dict with `model_state_dict` or a bare state dict.
+
+    Raises:
+        CheckpointError: unreadable, or no state dict.
+    """
+    file = TorchFile(Path(path), trust_pickle=trust_pickle)
+    wrapped = isinstance(file.content, Mapping) and "model_state_dict" in file.content
+    return without_module_prefix(file.tensors("model_state_dict") if wrapped else file.tensors())
+
+
+def load_timesformer(tsformer: TimesFormer, tensors: Mapping[str, FileTensor], where: str) -> None:
+    """Copy the weights, strictly. Raises CheckpointError: keys or shapes differ from the configuration."""
+    check_layout(tsformer.state_dict(), tensors, f"{where}: TimesFormer")
+    load_strictly(tsformer, read_all(tensors), f"{where}: TimesFormer")
+
+
 def open_rgb_checkpoint(path: Path, run_config: Path, *, trust_pickle: bool = False) -> tuple[FileTensors, LabelStats]:
     """The RGB head's TimesFormer, unread, and its statistics.
 
@@ -116,10 +199,7 @@ def open_rgb_checkpoint(path: Path, run_config: Path, *, trust_pickle: bool = Fa
     Raises:
         CheckpointError: unreadable, or statistics missing.
     """
-    path, run_config = Path(path), Path(run_config)
-    file = TorchFile(path, trust_pickle=trust_pickle)
-    wrapped = isinstance(file.content, Mapping) and "model_state_dict" in file.content
-    tensors = without_module_prefix(file.tensors("model_state_dict") if wrapped else file.tensors())
+    tensors, run_config = open_timesformer(path, trust_pickle=trust_pickle), Path(run_config)
     try:
         run = json.loads(run_config.read_bytes())
     except (OSError, ValueError) as error:
@@ -130,8 +210,7 @@ def open_rgb_checkpoint(path: Path, run_config: Path, *, trust_pickle: bool = Fa
 
 def load_rgb_head(head: RgbActionHead, tensors: Mapping[str, FileTensor], where: str) -> None:
     """Copy the TimesFormer, strictly. Raises CheckpointError: keys or shapes differ from the configuration."""
-    check_layout(head.tsformer.state_dict(), tensors, f"{where}: TimesFormer")
-    load_strictly(head.tsformer, read_all(tensors), f"{where}: TimesFormer")
+    load_timesformer(head.tsformer, tensors, where)
 
 
 def parse_label_stats(value: Any, where: str) -> LabelStats:

@@ -11,11 +11,15 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from worldvln_edge.config import ConfigError, WorldModelConfig
+from worldvln_edge.models.block_attention import block_attention
 from worldvln_edge.models.precision import without_autocast
 
+AttentionMask = Tensor | BlockMask
+"""True where a query sees a key: bool, or the same as tiles (`attention_mask.SequenceMask`)."""
 LayerKV = tuple[Tensor, Tensor]
 """Keys (normalised and rotated) and values of one layer: two tensors [B, kv_heads, tokens, head_dim]."""
 
@@ -65,13 +69,16 @@ class Attention(nn.Module):
         return x_BLE.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(
-        self, x_BLC: Tensor, rope_2Ln: Tensor, past: LayerKV | None, mask: Tensor | None
+        self, x_BLC: Tensor, rope_2Ln: Tensor, past: LayerKV | None, mask: AttentionMask | None
     ) -> tuple[Tensor, LayerKV]:
         q = rotate(self.q_norm(self._heads(self.q_proj(x_BLC))), rope_2Ln)
         k = rotate(self.k_norm(self._heads(self.k_proj(x_BLC))), rope_2Ln)
         v = self._heads(self.v_proj(x_BLC))
         keys, values = (k, v) if past is None else (torch.cat((past[0], k), 2), torch.cat((past[1], v), 2))
-        mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=self.grouped)
+        if isinstance(mask, BlockMask):
+            mixed = block_attention(q, keys, values, mask)
+        else:
+            mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=self.grouped)
         return self.o_proj(mixed.transpose(1, 2).flatten(2)), (k, v)
 
 
@@ -99,7 +106,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
 
     def forward(
-        self, x_BLC: Tensor, rope_2Ln: Tensor, past: LayerKV | None = None, mask: Tensor | None = None
+        self, x_BLC: Tensor, rope_2Ln: Tensor, past: LayerKV | None = None, mask: AttentionMask | None = None
     ) -> tuple[Tensor, LayerKV]:
         mixed, own = self.attn(self.input_layernorm(x_BLC), rope_2Ln, past, mask)
         x_BLC = x_BLC + mixed
@@ -181,7 +188,8 @@ class WorldModel(nn.Module):
     def project_text(self, features_BLt: Tensor) -> Tensor:
         """Text features [B, L, text_channels] -> residual stream [B, L, C]; always computed in fp32."""
         with without_autocast(features_BLt):
-            return self._into_stream(self.text_proj(features_BLt.float()))
+            projected = self.text_proj(features_BLt.float())
+        return self._into_stream(projected)  # in the dtype of the latents: one fp32 part would make all of it fp32
 
     def _into_stream(self, x_BLC: Tensor) -> Tensor:
         device = x_BLC.device.type
@@ -212,17 +220,18 @@ class WorldModel(nn.Module):
         latents_BLc: Tensor,
         text_BLt: Tensor,
         rope_2Ln: Tensor,
-        mask: Tensor,
+        mask: AttentionMask,
         checkpoint_activations: bool = False,
     ) -> Tensor:
-        """Run whole sequences at once: all visual scales, then the text, then padding.
+        """Run whole sequences at once: all visual scales, then the texts, then padding.
 
         Args:
-            latents_BLc: latent inputs of the visual tokens [B, V, latent_channels].
-            text_BLt: text features [B, X, text_channels], rows of shorter texts filled up with anything.
-            rope_2Ln: float32 [2, L, head_dim/2] or [B, 2, L, head_dim/2], L >= V + X (`attention_mask.training_rope`).
-            mask: bool [L, L] or [B, 1, L, L], True where the row token sees the column token
-                (`attention_mask.training_mask`).
+            latents_BLc: latent inputs of the visual tokens [B, V, latent_channels], shorter sequences filled up with
+                zeros.
+            text_BLt: text features [B, X, text_channels], shorter texts filled up with anything finite.
+            rope_2Ln: float32 [2, L, head_dim/2] or [B, 2, L, head_dim/2], L >= V + X (`attention_mask.lay_out`).
+            mask: bool [L, L] or [B, 1, L, L], or block mask: True where the row token sees the column token
+                (`attention_mask.SequenceMask`).
             checkpoint_activations: recompute every block in the backward pass instead of storing its activations.
 
         Returns:

@@ -1,0 +1,1 @@
+"""Measures the bridge: punctuality, and what happens when processes die."""

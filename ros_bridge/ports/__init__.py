@@ -1,0 +1,1 @@
+"""Ways to the robot's topics, behind one small interface (`port.py`)."""

@@ -1,0 +1,59 @@
+"""What the bridge needs of a robot's topics: four things in, three things out, and the clock of the stamps.
+
+Every way to the wire is one implementation. Callbacks run in the port's own thread, must return soon and must not
+raise. Positions and velocities are of the odometry's world (ENU; m, m/s, rad).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from worldvln_edge.ros_bridge.camera_intake import ImageMessage
+from worldvln_edge.ros_bridge.diagnostics import Diagnostic
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSample:
+    image: ImageMessage
+    stamp_ns: int
+    source: str
+    """Who published it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OdometrySample:
+    """`position_3` and `yaw_rad` are NaN where the message holds no pose."""
+
+    position_3: np.ndarray
+    yaw_rad: float
+    stamp_ns: int
+
+
+class Port(Protocol):
+    def now_ns(self) -> int:
+        """The clock that stamps images, as it stands now."""
+        ...
+
+    def subscribe_image(self, receive: Callable[[ImageSample], None]) -> None: ...
+
+    def subscribe_odometry(self, receive: Callable[[OdometrySample], None]) -> None: ...
+
+    def subscribe_instruction(self, receive: Callable[[str], None]) -> None: ...
+
+    def subscribe_command(self, receive: Callable[[str], None]) -> None:
+        """Words of the operator: `stop`, `reset`."""
+        ...
+
+    def publish_setpoint(self, velocity_m_s: Sequence[float], yaw_rate_rad_s: float) -> None: ...
+
+    def publish_path(self, poses_N4: np.ndarray) -> None:
+        """x, y, z, yaw of every pose."""
+        ...
+
+    def publish_diagnostics(self, checks: Sequence[Diagnostic]) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,1 @@
+"""What moves the drone: chunks become bounded velocities, zero when anything is amiss. Apart from inference."""

@@ -1,0 +1,169 @@
+"""One trajectory on the server: what its client said, what was stored and answered, and the policy session behind it.
+
+Source: spec/session_protocol.md 2.5, 7.4.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from worldvln_edge.config import HorizonConfig
+from worldvln_edge.protocol import Bye, SessionPhase, SessionState
+from worldvln_edge.runtime.sessions.device_queue import Ticket
+from worldvln_edge.runtime.sessions.journal_records import FramesSent, Settings, frames_records, segment_record
+from worldvln_edge.runtime.sessions.policy import ActionChunk, PolicySession
+from worldvln_edge.runtime.sessions.session_journal import SessionLog
+
+SessionKey = tuple[str, str]
+"""(peer, session name)."""
+
+
+@dataclass(eq=False)
+class LiveSession:
+    """One trajectory on the server.
+
+    `frames_seen`, `emitted`, `policy_need` and `is_done` mirror the policy session as of its last turn, so that they
+    may be read while a worker thread is inside it.
+    """
+
+    key: SessionKey
+    policy_session: PolicySession
+    horizon: HorizonConfig
+    """Of the whole trajectory: the model's, or a chained one."""
+    seed: int
+    last_used: float
+    most_bytes: int = 0
+    """What the policy session holds at most."""
+    notify: Callable[[Bye], None] | None = None
+    waiting_frames: list[np.ndarray] = field(default_factory=list)
+    """Stored frames that the policy has not taken yet: a deadline passed, or a resend was answered from `chunks`."""
+    waiting_bytes: int = 0
+    prompt: str = ""
+    """As the client said it last."""
+    next_prompt: str | None = None
+    """What the policy session does not know yet; so the next two."""
+    next_negative_prompt: str | None = None
+    next_seed: int | None = None
+    reply: str = "segment"
+    """What an answer holds where the client may choose it (openpi)."""
+    last_call: tuple[FramesSent, int] | None = None
+    """The last call that said where its frames belong and was answered with a segment, and that segment."""
+    ahead: Ticket | None = None
+    """Of the last work ahead of time."""
+    has_more_ahead: bool = False
+    """It was not begun yet, or broken off."""
+    chunks: dict[int, ActionChunk] = field(default_factory=dict)
+    capture_ns: dict[int, int] = field(default_factory=dict)
+    """Frame index -> capture time of the client's clock."""
+    still_steps: int | None = None
+    """Steps that were flown without motion at the end of what was answered so far; None: nobody counts."""
+    arrived_s: dict[int, float] = field(default_factory=dict)
+    """Frame index -> event-loop time at which it reached the server."""
+    frames_seen: int = 0
+    emitted: int = -1
+    policy_need: int = 0
+    is_done: bool = False
+    negative_prompt: str = ""
+    log: SessionLog | None = None
+    """Its journal, where there is one."""
+    held_bytes: int = 0
+    """What a done session still holds; written by the thread that flew its last segment."""
+
+    def __post_init__(self) -> None:
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over the policy session's counts; what it took no longer waits. Only while no thread is inside it."""
+        del self.waiting_frames[: self.policy_session.frames - self.frames_seen]
+        self.waiting_bytes = sum(frame.nbytes for frame in self.waiting_frames)
+        self.frames_seen = self.policy_session.frames
+        self.emitted = self.policy_session.emitted
+        self.policy_need = self.policy_session.need
+        self.is_done = self.policy_session.done
+
+    def replace_settings(
+        self, *, prompt: str | None = None, negative_prompt: str | None = None, seed: int | None = None
+    ) -> None:
+        """What the client says of the segments still to come; None leaves it as it is."""
+        before = (self.prompt, self.negative_prompt, self.seed)
+        if prompt is not None and prompt != self.prompt:
+            self.prompt = self.next_prompt = prompt
+        if negative_prompt is not None and negative_prompt != self.negative_prompt:
+            self.negative_prompt = self.next_negative_prompt = negative_prompt
+        if seed is not None and seed != self.seed:
+            self.seed = self.next_seed = seed
+        if self.log is not None and before != (self.prompt, self.negative_prompt, self.seed):
+            self.log.add(Settings(prompt=self.prompt, seed=self.seed, negative_prompt=self.negative_prompt))
+
+    @property
+    def has_new_settings(self) -> bool:
+        """Is there something that the policy session does not know yet?"""
+        return (self.next_prompt, self.next_negative_prompt, self.next_seed) != (None, None, None)
+
+    def store_frames(self, frames: list[np.ndarray], arrived_s: float, t_ns: list[int] | None = None) -> None:
+        """Keep decoded frames until the policy takes them. Called on the event loop.
+
+        Args:
+            frames: uint8 [H, W, 3] each.
+            arrived_s: event-loop time at which they reached the server.
+            t_ns: when they were captured, by the client's clock.
+        """
+        if t_ns is not None:
+            self.capture_ns.update(enumerate(t_ns, start=self.frames + 1))
+        if self.log is not None:
+            age_s = asyncio.get_running_loop().time() - arrived_s
+            self.log.add(*frames_records(frames, t_ns, arrived_s=time.time() - age_s))
+        self.arrived_s.update({self.frames + 1 + index: arrived_s for index in range(len(frames))})
+        self.waiting_frames.extend(frames)
+        self.waiting_bytes += sum(frame.nbytes for frame in frames)
+
+    def store_chunk(self, chunk: ActionChunk, answers: FramesSent | None = None) -> None:
+        """Keep what is answered from now on for that segment.
+
+        Args:
+            chunk: of the segment that the policy emitted.
+            answers: the call that it answers, if that may be repeated.
+        """
+        self.chunks[chunk.segment] = chunk
+        if answers is not None:
+            self.last_call = (answers, chunk.segment)
+        if self.log is not None:
+            self.log.add(segment_record(chunk, answers))
+
+    def flown_before(self, segment: int, steps: int) -> np.ndarray:
+        """The last actions that were answered in front of a segment, at least so many if there are: float32 [M, 6]."""
+        parts: list[np.ndarray] = [np.zeros((0, 6), np.float32)]
+        while steps > 0 and (chunk := self.chunks.get(segment - 1)) is not None:
+            parts.insert(1, chunk.actions)
+            steps, segment = steps - len(chunk.actions), segment - 1
+        return np.concatenate(parts)
+
+    @property
+    def counted_bytes(self) -> int:
+        """Its part of the server's memory for sessions. An open one counts what it may come to hold."""
+        return self.held_bytes if self.is_done else self.most_bytes
+
+    @property
+    def frames(self) -> int:
+        """Frames stored, n."""
+        return min(self.frames_seen + len(self.waiting_frames), self.horizon.num_frames)
+
+    @property
+    def need(self) -> int:
+        """Frames missing for the next segment; 0 when none are."""
+        return 0 if self.is_done else max(0, self.policy_need - len(self.waiting_frames))
+
+    def state(self, re: int, phase: SessionPhase | None = None) -> SessionState:
+        return SessionState(
+            re=re,
+            session=self.key[1],
+            state=phase or ("done" if self.is_done else "open"),
+            frames=self.frames,
+            emitted=self.emitted,
+            need=self.need,
+        )
