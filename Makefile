@@ -8,13 +8,17 @@ SHELL := bash
 
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := cpu,serve,otel,export,tensorrt-rtx,train,data,sim,dds,dev
+EXTRAS := cpu,serve,record,otel,export,tensorrt-rtx,train,data,sim,dds,docs,dev
 # Options for every `pip install`, for instance another package index.
 PIP_ARGS ?=
 # The first interpreter that starts and is new enough; a version manager's shim may be there and not start.
 PYTHON ?= $(shell for candidate in python3.11 python3.12 python3.13 python3; do \
 	"$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$candidate" && break; \
 	done; true)
+ROS_VENV := runs/ros-venv
+# Debian's ROS 1: roscore, rospy, and the messages of docs/ros.md.
+ROS_PACKAGES := python3-roslaunch python3-rospy rosout $(patsubst %,python3-%-msgs,diagnostic geometry nav rosgraph sensor \
+	std tf2 trajectory)
 CHECKPOINT ?= worldvln_edge/checkpoints/nano
 BENCH_ARGS ?=
 PROFILES_ARGS ?=
@@ -44,7 +48,12 @@ define ensure_narrow_bundle
 	$(call ensure_bundle,runs/bench/narrow/checkpoint,runs/bench/narrow/bundle)
 endef
 
-.PHONY: help setup demo test test-slow bench bench-schedule profiles profiles-schedule bench-gpu bench-export bench-serve lint clean
+# The variable silences an advertisement that would be taken for a warning.
+define build_site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+endef
+
+.PHONY: help setup demo test test-slow test-ros bench bench-schedule profiles profiles-schedule bench-gpu bench-export bench-serve bench-record lint docs clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -53,11 +62,15 @@ demo: setup $(VENV)/.rendering ## Export the committed checkpoint, serve it, fly
 	$(BIN)/worldvln-edge demo
 
 # Tests that share traced graphs or a fixture run in the same process (tests/process_groups.py).
-test: setup $(VENV)/.rendering ## Run the tests (not the slow, GPU and ROS ones), and say what was skipped and why.
+test: setup $(VENV)/.rendering $(VENV)/.browser ## Run the tests (not the slow, GPU and ROS ones), and say what was skipped and why.
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -m "not slow and not gpu and not ros" -rsx --durations=5
 
 test-slow: setup $(VENV)/.rendering ## Run the slow tests.
 	$(BIN)/python -m pytest -m "slow and not gpu and not ros" -rsx --durations=5
+
+test-ros: setup $(VENV)/.rendering $(ROS_VENV)/.installed ## Fly the simulator through real topics, of ROS 1 and over DDS (10 minutes).
+	$(call ensure_bundle,$(CHECKPOINT),runs/bench/bundle)
+	$(ROS_VENV)/bin/python -m pytest tests/ros_bridge -m "ros or (slow and not gpu)" -rA --durations=5
 
 bench: setup $(CHECKPOINT)/model.safetensors ## Time the committed checkpoint on this machine, stage by stage.
 	$(call ensure_bundle,$(CHECKPOINT),runs/bench/bundle)
@@ -92,6 +105,10 @@ bench-export: setup ## Measure exports at the released sizes, on random weights 
 bench-serve: setup ## Time the server itself under load, without a model (4 minutes).
 	$(BIN)/worldvln-edge bench-serve $(BENCH_ARGS)
 
+bench-record: setup $(CHECKPOINT)/model.safetensors ## What recording costs a flight of the committed checkpoint (a minute).
+	$(call ensure_bundle,$(CHECKPOINT),runs/bench/bundle)
+	$(BIN)/worldvln-edge bench-record runs/bench/bundle --threads 1 $(BENCH_ARGS)
+
 # mypy and import-linter follow the mapped rooms only in an installed wheel, so that is what they read. Both run inside
 # build/lint, which hides the repository's own folders; build/ starts empty, or the wheel would hold deleted files.
 lint: setup ## Check style, types and the rule between rooms.
@@ -103,6 +120,13 @@ lint: setup ## Check style, types and the rule between rooms.
 	cd build/lint && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
 		worldvln_edge/*.py worldvln_edge/runtime worldvln_edge/ros_bridge
 	cd build/lint && ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache --no-logo
+	$(build_site)
+
+docs: setup ## Write the documentation site into build/site; a broken link or an undocumented name is an error.
+	rm -rf build && mkdir build
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel . >build/log 2>&1 || { cat build/log; exit 1; }
+	$(BIN)/python -m pip install -qq --no-deps --no-index --target build/lint build/wheel/*.whl
+	$(build_site)
 
 clean: ## Remove what can be made again, except .venv and runs.
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache runs/bench
@@ -128,5 +152,26 @@ $(VENV)/.rendering: $(VENV)/.installed
 	if ! $(BIN)/python -c "$$check" 2>/dev/null; then \
 		$(call apt_install,libegl1 libgl1-mesa-dri,the simulator cannot render offscreen because EGL is missing); \
 		$(BIN)/python -c "$$check"; \
+	fi
+	@touch $@
+
+# An environment of its own: the packages of .venv come first, Debian's behind them, so that no version is replaced.
+# Debian's packages are for Debian's Python, and .venv has to be of that version.
+$(ROS_VENV)/.installed: $(VENV)/.installed
+	@found='import rospy, roslaunch, diagnostic_msgs.msg, nav_msgs.msg, sensor_msgs.msg, tf2_msgs.msg, trajectory_msgs.msg'; \
+	if ! command -v roscore >/dev/null || ! /usr/bin/python3 -c "$$found" 2>/dev/null; then \
+		$(call apt_install,$(ROS_PACKAGES),ROS 1 is not installed); \
+	fi
+	rm -rf $(ROS_VENV)
+	$(BIN)/python -m venv --without-pip $(ROS_VENV)
+	packages=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	printf 'import site; site.addsitedir("%s")\n/usr/lib/python3/dist-packages\n' "$$packages" \
+		>"$$($(ROS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ros.pth"
+	$(ROS_VENV)/bin/python -c 'from worldvln_edge.ros_bridge.ports import rospy_wire'
+	@touch $@
+
+$(VENV)/.browser: $(VENV)/.installed
+	@if ! command -v chromium chromium-browser google-chrome >/dev/null; then \
+		$(call apt_install,chromium,the dashboard's tests need a browser); \
 	fi
 	@touch $@

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from worldvln_edge.command_options import json_option
+from worldvln_edge.command_options import json_option, threads_option
 from worldvln_edge.ros_bridge.ports.opening import WAYS
 
 _via = click.option("--via", type=click.Choice(WAYS), required=True, help="Way to the robot's topics.")
@@ -70,17 +70,16 @@ def setpoints_command(via: str, config_file: Path, socket_path: Path) -> None:
     from worldvln_edge.ros_bridge.ports.opening import open_port
     from worldvln_edge.ros_bridge.setpoints.policy_link import LinkListener
     from worldvln_edge.ros_bridge.setpoints.punctuality import become_punctual
-    from worldvln_edge.ros_bridge.setpoints.setpoint_logic import SetpointLogic
-    from worldvln_edge.ros_bridge.setpoints.setpoint_process import SetpointProcess
+    from worldvln_edge.ros_bridge.setpoints.setpoint_choice import setpoint_process
 
     config = read_bridge_config(config_file)
     _log_to_stderr("setpoints")
     become_punctual(config.setpoint.realtime_priority)
     listener = LinkListener(socket_path)
     try:
-        port = open_port(via, config)
+        port = open_port(via, config, name="worldvln_setpoints")
         try:
-            process = SetpointProcess(SetpointLogic(config.setpoint, config.limits, config.odometry), port, listener)
+            process = setpoint_process(config, port, listener)
             _stop_on_signals(process.stop)
             process.run()
         finally:
@@ -101,7 +100,8 @@ def policy_command(via: str, config_file: Path, socket_path: Path) -> None:
     from worldvln_edge.ros_bridge.bridge_config import read_bridge_config
     from worldvln_edge.ros_bridge.policy_heartbeat import PolicyHeartbeat
     from worldvln_edge.ros_bridge.policy_node import PolicyNode
-    from worldvln_edge.ros_bridge.ports.opening import open_port
+    from worldvln_edge.ros_bridge.ports.message_port import MessagePort
+    from worldvln_edge.ros_bridge.ports.opening import goals_served, open_wire
     from worldvln_edge.ros_bridge.server_connection import server_client
     from worldvln_edge.ros_bridge.setpoints.policy_link import PolicyLink
 
@@ -109,21 +109,137 @@ def policy_command(via: str, config_file: Path, socket_path: Path) -> None:
     _log_to_stderr("policy")
     link = PolicyLink(socket_path)
     try:
-        port = open_port(via, config)
+        wire = open_wire(via, config, name="worldvln_policy")
+        port = MessagePort(wire, config.topics)
         try:
             new_client = server_client(config.server)
             heartbeat = PolicyHeartbeat(link, new_client)
             node = PolicyNode(config, port, link, new_client)
             _stop_on_signals(node.stop)
-            heartbeat.start()
+            if not config.topics.lockstep:  # there no time goes by without word from the policy
+                heartbeat.start()
             try:
-                node.run()
+                with goals_served(wire, node.request):
+                    node.run()
             finally:
                 heartbeat.stop()
         finally:
             port.close()
     finally:
         link.close()
+
+
+@ros.command("simulate")
+@_via
+@_config
+@click.option(
+    "--simulator",
+    "simulator_url",
+    default="http://127.0.0.1:8765",
+    show_default=True,
+    help="Of `worldvln-edge sim serve`.",
+)
+@click.option(
+    "--tasks",
+    "task_file",
+    type=click.Path(exists=True, path_type=Path),
+    required=True,
+    help="JSON list of `worldvln-edge sim tasks`, or a folder of task files; flown in order.",
+)
+@click.option("--count", type=click.IntRange(min=1), help="Fly so many tasks.  [default: all]")
+@click.option("--image-size", type=click.IntRange(8, 1024), default=256, show_default=True, help="Of the camera.")
+@click.option(
+    "--wait",
+    "waits",
+    is_flag=True,
+    help="Say no instructions: stand at the first task's start, fly what others say, until SIGTERM.",
+)
+@json_option()
+def simulate_command(
+    via: str,
+    config_file: Path,
+    simulator_url: str,
+    task_file: Path,
+    count: int | None,
+    image_size: int,
+    waits: bool,
+    as_json: bool,
+) -> None:
+    """Be the drone: camera and odometry from the simulator, setpoints flown; says the tasks' instructions.
+
+    Needs `ros run` with the same configuration beside it. With topics.use_sim_time and topics.lockstep the world has
+    its own /clock and waits for the policy, however long it takes; without them it runs in real time.
+
+    Example: worldvln-edge ros simulate --via dds --config desk.toml --tasks tasks.json
+    """
+    import msgspec
+
+    from worldvln_edge.ros_bridge.bridge_config import read_bridge_config
+    from worldvln_edge.ros_bridge.ports.opening import open_wire
+    from worldvln_edge.ros_bridge.simulation.simulated_flights import flight_line
+    from worldvln_edge.ros_bridge.simulation.simulator_node import SimulatorNode
+    from worldvln_edge.ros_bridge.simulation.world import WorldStoppedError
+    from worldvln_edge.tasks import read_task_list
+
+    config = read_bridge_config(config_file)
+    _log_to_stderr("simulator")
+    tasks = read_task_list(task_file)[:count]
+    wire = open_wire(via, config, name="worldvln_simulator")
+    try:
+        node = SimulatorNode(config, wire, simulator_url, (image_size, image_size))
+        _stop_on_signals(node.stop)
+        flights = []
+        try:
+            if waits:
+                node.wait(tasks[0])
+            for task in tasks:
+                flights.append(node.fly(task))
+                click.echo(flight_line(flights[-1]), err=as_json)
+        except WorldStoppedError:
+            click.echo("stopped", err=True)
+        finally:
+            node.close()
+    finally:
+        wire.close()
+    if as_json:
+        click.echo(msgspec.json.encode(flights).decode())
+    elif flights:
+        flown_s, wall_s = sum(flight.flown_s for flight in flights), sum(flight.wall_s for flight in flights)
+        succeeded = sum(flight.success is True for flight in flights)
+        click.echo(f"{succeeded} of {len(flights)} succeeded; real-time factor {flown_s / wall_s:.2f}")
+
+
+@ros.command("record")
+@_via
+@_config
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the bag; must not exist yet.")
+@click.option("--without-images", is_flag=True, help="Leave the camera out.")
+def record_command(via: str, config_file: Path, out: Path, without_images: bool) -> None:
+    """Record the topics of the configuration as a rosbag2 folder (MCAP), until SIGINT or SIGTERM.
+
+    A process of its own, beside `ros run`. With ROS 1 use `rosbag record`.
+
+    Example: worldvln-edge ros record --via dds --config drone.toml --out bags/flight1
+    """
+    from worldvln_edge.ros_bridge.bridge_config import read_bridge_config
+    from worldvln_edge.ros_bridge.ports.opening import open_wire
+    from worldvln_edge.ros_bridge.recording.cdr import cdr_encoder
+    from worldvln_edge.ros_bridge.recording.rosbag_writer import RosbagWriter
+    from worldvln_edge.ros_bridge.recording.topic_recorder import TopicRecorder
+
+    config = read_bridge_config(config_file)
+    to_cdr = cdr_encoder(via)
+    _log_to_stderr("record")
+    wire = open_wire(via, config, name="worldvln_recorder")
+    try:
+        bag = RosbagWriter(out)
+        recorder = TopicRecorder(wire, config.topics, to_cdr, bag, without_images=without_images)
+        _stop_on_signals(recorder.stop)
+        click.echo(f"recording to {out}", err=True)
+        recorder.run()
+    finally:
+        wire.close()
+    click.echo(f"{out}: {bag.messages} messages, {recorder.dropped} dropped")
 
 
 @ros.command("bench")
@@ -145,13 +261,28 @@ def policy_command(via: str, config_file: Path, socket_path: Path) -> None:
     show_default=True,
     help="Of the setpoint process (SCHED_FIFO); 0: none.",
 )
+@click.option(
+    "--bundle",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Serve it, and fly with the real policy process.  [default: a stand-in without a model]",
+)
+@threads_option("CPU threads of the server; 0: all cores.")
 @json_option()
 def bench_command(
-    rate_hz: float, seconds: float, repetitions: int, busy_processes: int, realtime_priority: int, as_json: bool
+    rate_hz: float,
+    seconds: float,
+    repetitions: int,
+    busy_processes: int,
+    realtime_priority: int,
+    bundle: Path | None,
+    threads: int,
+    as_json: bool,
 ) -> None:
     """Measure setpoints over DDS on this machine: punctuality, and holds when the policy is killed or stopped.
 
     Example: worldvln-edge ros bench --busy 2
+
+    Example: worldvln-edge ros bench --bundle bundle/ --realtime-priority 50
     """
     import msgspec
 
@@ -166,6 +297,8 @@ def bench_command(
             seconds=seconds,
             repetitions=repetitions,
             busy_processes=busy_processes,
+            bundle=bundle,
+            threads=threads,
             domain_id=free_domain_id(),
         )
     click.echo(msgspec.json.encode(figures).decode() if as_json else "\n".join(table_lines(figures)))

@@ -20,6 +20,8 @@ from worldvln_edge.rigid_motion import angles_of_rotations, rotations_of_angles
 
 _M_PER_CM = 0.01
 _MIRROR = np.array([1.0, -1.0, 1.0])
+_FLIP_FRD = np.array([1.0, -1.0, -1.0])
+_ENU_OF_NED = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
 # Rows: optical right, down, forward in a body of forward, left, up.
 _OPTICAL_OF_FLU = np.array([[0.0, -1.0, 0.0], [0.0, 0.0, -1.0], [1.0, 0.0, 0.0]])
 
@@ -159,9 +161,23 @@ def yaw_enu_to_ned(yaw_rad):
     return wrap_rad(math.pi / 2 - np.asarray(yaw_rad))
 
 
+def attitude_of_px4(q_wxyz: np.ndarray) -> np.ndarray:
+    """PX4's attitude (forward-right-down body in NED; order w, x, y, z) as ROS's (forward-left-up body in ENU).
+
+    Returns:
+        Unit quaternion float64 [4], order x, y, z, w, with w >= 0.
+
+    Raises:
+        ValueError: the quaternion is no orientation (zero or not finite).
+    """
+    w, x, y, z = (float(value) for value in q_wxyz)
+    rotation = rotation_of_quaternion(np.array([x, y, z, w]))
+    return _quaternion_of_rotation(_ENU_OF_NED @ rotation @ np.diag(_FLIP_FRD))
+
+
 def flu_to_frd(vector: np.ndarray) -> np.ndarray:
     """Forward, left, up as forward, right, down [..., 3]; turning rates too. Its own inverse."""
-    return np.asarray(vector, np.float64) * np.array([1.0, -1.0, -1.0])
+    return np.asarray(vector, np.float64) * _FLIP_FRD
 
 
 def flu_to_optical(vector: np.ndarray) -> np.ndarray:

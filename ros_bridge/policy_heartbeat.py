@@ -42,9 +42,11 @@ class PolicyHeartbeat:
             thread.start()
 
     def stop(self) -> None:
+        """Also where it was not started."""
         self._stopping.set()
         for thread in self._threads:
-            thread.join()
+            if thread.is_alive():
+                thread.join()
 
     def _beat(self) -> None:
         while not self._stopping.wait(_BEAT_S):

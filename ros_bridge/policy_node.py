@@ -25,17 +25,22 @@ from worldvln_edge.client import (
 from worldvln_edge.ros_bridge.bridge_config import BridgeConfig
 from worldvln_edge.ros_bridge.camera_intake import CameraIntake, ImageMessage, ModelFrame
 from worldvln_edge.ros_bridge.diagnostics import Diagnostic, Level, error, ok
+from worldvln_edge.ros_bridge.flight import FLIGHT, Flight, flown, flying
 from worldvln_edge.ros_bridge.frame_clock import FrameClock
+from worldvln_edge.ros_bridge.policy_turns import FlightTurns, LockstepTurns
 from worldvln_edge.ros_bridge.ports.port import ImageSample, Port
 from worldvln_edge.ros_bridge.progress_slots import ProgressSlots
 from worldvln_edge.ros_bridge.setpoints.policy_link import Chunk, PolicyLink, Progress, Stop
 
 _log = logging.getLogger(__name__)
-_REPORT_WAIT_S = 0.05
 _DIAGNOSTICS_S = 1.0
+_STUCK_S = 10.0
+_TAKEN_S = 2.0
+"""A chunk that the setpoint process has not taken by then was refused."""
 _IMAGES_KEPT = 64
 """Between two looks at the queue. While the server plans older ones fall out: none of them is due."""
-FLIGHT = "policy/flight"
+_STOPPED, _NEXT = "the flight was stopped", "send the next instruction"
+_SUPERSEDED, _IT_IS_FLOWN = "another instruction came", "wait: it is flown now"
 
 
 class FlightEndedError(RuntimeError):
@@ -58,50 +63,92 @@ class PolicyNode:
     def __init__(self, config: BridgeConfig, port: Port, link: PolicyLink, new_client: Callable[[], SessionClient]):
         self._config, self._port, self._link, self._new_client = config, port, link, new_client
         clock: FrameClock[ImageMessage] = FrameClock(config.frame_clock)
-        self._intake = CameraIntake(clock, time.monotonic(), config.camera)
+        self._turns = LockstepTurns(port, link) if config.topics.lockstep else FlightTurns(port, link)
+        self._intake = CameraIntake(clock, self._now_s(), config.camera)
         self._images: deque[tuple[ImageSample, float]] = deque(maxlen=_IMAGES_KEPT)
-        self._instructions: deque[str] = deque(maxlen=1)
-        self._stop_asked = False
+        self._waiting: deque[Flight] = deque()
+        self._current: Flight | None = None
         self._is_stopping = False
         self._chunks = 0
         self._last_report: Progress | None = None
         self._flight = ok(FLIGHT, "waiting for an instruction")
         self._diagnostics_due_s = 0.0
-        port.subscribe_image(lambda sample: self._images.append((sample, time.monotonic())))
-        port.subscribe_instruction(self._instructions.append)
+        port.subscribe_image(self._receive_image)
+        port.subscribe_instruction(self._ask)
         port.subscribe_command(self._obey)
 
     def stop(self) -> None:
         """Return from `run` soon."""
         self._is_stopping = True
 
+    def request(self, instruction: str) -> Flight:
+        """Fly an instruction, in place of what is flown now. Thread-safe."""
+        flight = Flight(instruction)
+        self._waiting.append(flight)
+        return flight
+
     def run(self) -> None:
         """Fly one instruction after another until `stop`. Raises LinkError: the setpoint process has gone."""
-        while not self._is_stopping:
-            self._turn()
-            if self._instructions:
-                self._fly(self._instructions.popleft())
+        try:
+            while not self._is_stopping:
+                self._turn()
+                if self._waiting:
+                    self._current = self._waiting[0]  # before it leaves the queue: a stop must not miss it
+                    self._fly(self._waiting.popleft())
+        finally:
+            stopped = error(FLIGHT, "the policy process has ended", "start it again")
+            for flight in (self._current, *self._waiting):
+                if flight is not None:
+                    flight.end(stopped)
+
+    def _receive_image(self, sample: ImageSample) -> None:
+        """In the port's thread."""
+        self._images.append((sample, self._now_s()))
+        self._turns.image_came()
+
+    def _now_s(self) -> float:
+        return self._turns.now_ns() / 1e9
+
+    def _ask(self, instruction: str) -> None:
+        """In the port's thread."""
+        self.request(instruction)
 
     def _obey(self, command: str) -> None:
         """In the port's thread. `reset` is for the setpoint process."""
         if command == "stop":
-            self._stop_asked = True
+            for flight in (self._current, *tuple(self._waiting)):
+                if flight is not None:
+                    flight.cancel()
 
-    def _fly(self, instruction: str) -> None:
-        _log.info("flying: %s", instruction)
-        self._flight, self._stop_asked = ok(FLIGHT, f"flying: {instruction}"), False
+    def _fly(self, flight: Flight) -> None:
+        if self._waiting:
+            flight.end(error(FLIGHT, _SUPERSEDED, _IT_IS_FLOWN))
+            return
+        if flight.is_cancelled:
+            self._say(error(FLIGHT, _STOPPED, _NEXT))
+            flight.end(self._flight)
+            return
+        _log.info("flying: %s", flight.instruction)
+        self._say(flying(flight.instruction))
+        flight.begin()
         try:
             with self._new_client() as client:
-                self._flight = self._fly_session(client, instruction)
+                self._say(self._fly_session(client, flight))
         except (ServerError, ServerUnreachableError, AnswerTimeoutError) as failure:
-            self._flight = error(FLIGHT, f"the server ended the flight: {failure}", "see the server's log")
+            self._say(error(FLIGHT, f"the server ended the flight: {failure}", "see the server's log"))
+        flight.end(self._flight)
         _log.log(logging.INFO if self._flight.level == Level.OK else logging.ERROR, self._flight.text)
 
-    def _fly_session(self, client: SessionClient, instruction: str) -> Diagnostic:
+    def _say(self, flight: Diagnostic) -> None:
+        """Of the flight, at once."""
+        self._flight = flight
+        self._publish_diagnostics()
+
+    def _fly_session(self, client: SessionClient, flight: Flight) -> Diagnostic:
         """How it ended."""
-        outcome = ok(FLIGHT, f"flown: {instruction}")
+        outcome = flown(flight.instruction)
         try:
-            self._fly_segments(client, instruction)
+            self._fly_segments(client, flight)
         except FlightEndedError as end:
             outcome = end.diagnostic
         finally:
@@ -109,22 +156,24 @@ class PolicyNode:
         client.end()
         return outcome
 
-    def _fly_segments(self, client: SessionClient, instruction: str) -> None:
+    def _fly_segments(self, client: SessionClient, flight: Flight) -> None:
+        self._take_in(self._turns.look())
         self._intake.restart()
         horizons, seed = self._config.server.horizons, self._config.server.seed
         if horizons > 1:
-            client.start(instruction, seed=seed, chain=True, max_horizons=horizons)
+            client.start(flight.instruction, seed=seed, chain=True, max_horizons=horizons)
         else:
-            client.start(instruction, seed=seed)
+            client.start(flight.instruction, seed=seed)
         welcome = client.welcome
         assert welcome is not None, "start opened a connection"
         frames = [self._first_frame()]
         while True:
             answer = client.observe([frame.image_HW3 for frame in frames], t_ns=[frame.stamp_ns for frame in frames])
-            self._turn()
+            self._take_in(self._turns.look())
             self._check_flight()  # much may have happened while the server planned
             slots = self._send_chunk(answer, frames[-1], welcome.fps)
-            frames = self._frames_of_chunk(slots)
+            flight.chunk_sent()
+            frames = self._frames_of_chunk(slots, flight)
             if answer.done or answer.is_settled:
                 return
 
@@ -134,9 +183,7 @@ class PolicyNode:
         self._chunks += 1
         if answer.hold is not None:
             _log.warning("the server replaced the actions by zero motion: %s", answer.hold)
-        now_ns = time.monotonic_ns()
-        # A camera's clock may run a little ahead, and that is no frame from the future.
-        seen_ns = min(newest.stamp_ns - self._port.now_ns() + now_ns, now_ns)
+        seen_ns = self._turns.of_stamp(newest.stamp_ns)
         actions = [tuple(float(value) for value in action) for action in answer.actions]
         self._link.send(
             Chunk(number=self._chunks, actions=actions, fps=fps, seen_ns=seen_ns)  # type: ignore[arg-type]
@@ -147,17 +194,17 @@ class PolicyNode:
             after_ns=self._intake.clock.last_slot_ns,
             begun_ns=seen_ns,
             expect=self._intake.clock.expect,
-            to_stamp_ns=lambda at_ns: self._port.now_ns() - time.monotonic_ns() + at_ns,
+            to_stamp_ns=self._turns.to_stamp,
         )
 
     def _first_frame(self) -> ModelFrame:
         """The frame of this moment."""
         self._intake.clock.expect(self._port.now_ns())
-        give_up_s = time.monotonic() + 2 * self._config.camera.missing_after_s
-        while time.monotonic() < give_up_s:
+        give_up_s = self._now_s() + 2 * self._config.camera.missing_after_s
+        while self._now_s() < give_up_s:
             self._turn()
             self._check_flight()
-            frames = self._intake.take(time.monotonic())
+            frames = self._intake.take(self._now_s())
             if frames:
                 return frames[0]
         raise FlightEndedError(
@@ -165,29 +212,36 @@ class PolicyNode:
             "check that header.stamp is on the clock of this computer (or set topics.use_sim_time)",
         )
 
-    def _frames_of_chunk(self, slots: ProgressSlots) -> list[ModelFrame]:
+    def _frames_of_chunk(self, slots: ProgressSlots, flight: Flight) -> list[ModelFrame]:
         """One frame for each action, as they are consumed."""
         frames: list[ModelFrame] = []
-        sent_s = time.monotonic()
+        sent_s = self._now_s()
         while len(frames) < slots.actions:
-            report = self._turn()
+            reports = self._turn()
             self._check_flight()
-            if report is not None:
+            for report in reports:
                 slots.add(report)
-            now_s = time.monotonic()
+                flight.flown(slots.known)
+            now_s = self._now_s()
             frames += self._intake.take(now_s)
             self._check_progress(slots, now_s - sent_s)
         return frames
 
     def _check_flight(self) -> None:
         """Raises FlightEndedError: somebody or something has ended the flight."""
-        if self._is_stopping or self._stop_asked:
-            raise FlightEndedError("the flight was stopped", "send the next instruction")
-        if self._instructions:
-            raise FlightEndedError("another instruction came", "wait: it is flown now")
-        for check in self._intake.diagnostics(time.monotonic()):
+        is_cancelled = self._current is not None and self._current.is_cancelled
+        if self._is_stopping or is_cancelled:
+            raise FlightEndedError(_STOPPED, _NEXT)
+        if self._waiting:
+            raise FlightEndedError(_SUPERSEDED, _IT_IS_FLOWN)
+        for check in self._intake.diagnostics(self._now_s()):
             if check.level >= Level.ERROR:
                 raise FlightEndedError(f"{check.name}: {check.message}", check.what_to_do)
+        if self._turns.stuck_s > _STUCK_S:
+            raise FlightEndedError(
+                f"the simulator has not gone on for {_STUCK_S:g} s",
+                "see its log; with topics.lockstep it has to show /clock, odometry and an image at every step",
+            )
         if self._last_report is not None and self._last_report.faults:
             raise FlightEndedError(
                 f"the setpoint process latched {', '.join(self._last_report.faults)}", "see its diagnostics"
@@ -195,7 +249,7 @@ class PolicyNode:
 
     def _check_progress(self, slots: ProgressSlots, sent_ago_s: float) -> None:
         """Raises FlightEndedError: the chunk is not flown."""
-        if sent_ago_s < 0.5 or self._last_report is None:
+        if sent_ago_s < _TAKEN_S or self._last_report is None:
             return
         if self._last_report.chunk != slots.chunk:
             why = self._last_report.reason or "it is not taken"
@@ -203,19 +257,25 @@ class PolicyNode:
         if sent_ago_s > 2 * self._config.setpoint.stale_after_s:
             raise FlightEndedError("the chunk was not flown to its end in time", "see the setpoint process's log")
 
-    def _turn(self) -> Progress | None:
-        """Wait shortly for a report; take images in, publish diagnostics."""
-        report = self._link.receive(_REPORT_WAIT_S)
-        if report is not None:
-            self._last_report = report
+    def _turn(self) -> list[Progress]:
+        """Wait shortly for reports or images; see `_take_in`."""
+        return self._take_in(self._turns.wait())
+
+    def _take_in(self, reports: list[Progress]) -> list[Progress]:
+        """Take in what came, publish diagnostics; the reports."""
+        if reports:
+            self._last_report = reports[-1]
         while self._images:
             sample, arrived_s = self._images.popleft()
-            self._intake.receive(sample.image, stamp_ns=sample.stamp_ns, source=sample.source, now_s=arrived_s)
-        now_s = time.monotonic()
-        if now_s >= self._diagnostics_due_s:
-            self._diagnostics_due_s = now_s + _DIAGNOSTICS_S
-            self._port.publish_diagnostics(self.diagnostics(now_s))
-        return report
+            if self._turns.is_new(sample.stamp_ns):
+                self._intake.receive(sample.image, stamp_ns=sample.stamp_ns, source=sample.source, now_s=arrived_s)
+        if time.monotonic() >= self._diagnostics_due_s:
+            self._publish_diagnostics()
+        return reports
+
+    def _publish_diagnostics(self) -> None:
+        self._diagnostics_due_s = time.monotonic() + _DIAGNOSTICS_S
+        self._port.publish_diagnostics(self.diagnostics(self._now_s()))
 
     def diagnostics(self, now_s: float) -> list[Diagnostic]:
         """The flight and the four checks of the camera."""

@@ -34,6 +34,7 @@ def server_client(config: ServerConfig) -> Callable[[], SessionClient]:
             connect_timeout_s=_CONNECT_S,
             answer_timeout_s=config.answer_timeout_s,
             reconnect_s=0.0,
+            frame_format=config.frame_format,
         )
 
     connect()  # an address that is none is named now, not in flight

@@ -21,6 +21,7 @@ from worldvln_edge.runtime.doors.zmq_option import zmq_config, zmq_options
 if TYPE_CHECKING:
     from worldvln_edge.runtime.doors.server_log import LogFormat
     from worldvln_edge.runtime.engines.backends import BackendName
+    from worldvln_edge.runtime.sessions.session_events import SessionWatcher
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -129,6 +130,30 @@ def _read_address(context: click.Context, parameter: click.Parameter, value: str
     help="Of all journals together; beyond it, the one that was not written for the longest time goes.",
 )
 @click.option(
+    "--record",
+    "record_folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Record every session into this folder, as MCAP files that Foxglove opens (docs/recording.md).",
+)
+@click.option(
+    "--record-predicted",
+    is_flag=True,
+    help="Record the frames that the policy predicts, too; they are decoded while nobody else wants the device.",
+)
+@click.option(
+    "--record-part-mb",
+    type=click.FloatRange(min=1),
+    default=500.0,
+    show_default=True,
+    help="A recording that is larger goes on in another file.",
+)
+@click.option(
+    "--rerun",
+    "rerun_url",
+    metavar="URL",
+    help="Show sessions in a Rerun viewer while they fly, such as rerun+http://ground:9876/proxy.",
+)
+@click.option(
     "--speculate",
     is_flag=True,
     help="Generate the next segment while one is flown, and take it if the frames come as predicted.",
@@ -139,6 +164,11 @@ def _read_address(context: click.Context, parameter: click.Parameter, value: str
     default=0.7,
     show_default=True,
     help="Share of the frames' bit labels that must come as predicted.",
+)
+@click.option(
+    "--dashboard",
+    is_flag=True,
+    help="Show flights at http://HOST:PORT/dashboard, and let whoever has a key hold them.",
 )
 @click.option(
     "--otel",
@@ -176,9 +206,14 @@ def serve_command(
     settled: tuple[int, float, float],
     journal_folder: Path | None,
     journal_mb: float,
+    record_folder: Path | None,
+    record_predicted: bool,
+    record_part_mb: float,
+    rerun_url: str | None,
     also: tuple[Path, ...],
     speculate: bool,
     speculate_threshold: float,
+    dashboard: bool,
     otel: bool,
     log_format: LogFormat,
     log_level: str,
@@ -200,6 +235,7 @@ def serve_command(
     from worldvln_edge.runtime.doors.listen_address import check_address
     from worldvln_edge.runtime.doors.server import DEFAULT_HOST, DEFAULT_PORT, serve
     from worldvln_edge.runtime.doors.server_log import configure_log
+    from worldvln_edge.runtime.doors.systemd_watchdog import SystemdNotifier
     from worldvln_edge.runtime.doors.tls import context_of_options
     from worldvln_edge.runtime.doors.zmq_config import check_endpoints
     from worldvln_edge.runtime.sessions.chained_session import SettledRule
@@ -207,7 +243,7 @@ def serve_command(
     from worldvln_edge.runtime.sessions.session_journal import SessionJournal
     from worldvln_edge.runtime.sessions.tracing import open_tracing
     from worldvln_edge.runtime.worldvln.speculation import SpeculationConfig
-    from worldvln_edge.runtime.worldvln.worldvln_policy import load_policy
+    from worldvln_edge.runtime.worldvln.worldvln_policy import PREVIEW_GRAPHS, load_policy
 
     logging.getLogger("worldvln_edge.runtime.engines.backends").setLevel(logging.INFO)  # says what was chosen, and why
     keys = read_key_file(key_file) if key_file is not None else ()
@@ -225,6 +261,13 @@ def serve_command(
     journal = None
     if journal_folder is not None:
         journal = SessionJournal(journal_folder, max_bytes=round(journal_mb * 1e6), ttl_s=Limits().session_ttl_s)
+    if record_predicted and record_folder is None:
+        raise click.UsageError("--record-predicted needs --record FOLDER")
+    if record_folder is not None:
+        from worldvln_edge.runtime.recording.recorded_policy import settings_of
+        from worldvln_edge.runtime.recording.recorder import Recorder, RecorderConfig, prepare_folder
+
+        prepare_folder(record_folder)
     with ExitStack() as until_end:
         meters = (until_end.enter_context(open_tracing()),) if otel else ()
         policy = load_policy(
@@ -235,8 +278,25 @@ def serve_command(
             profile=profile,
             speculation=SpeculationConfig(threshold=speculate_threshold) if speculate else None,
             also=also,
+            side_graphs=PREVIEW_GRAPHS if record_predicted or dashboard else (),
         )
         until_end.callback(policy.close)
+        recorder = None
+        if record_folder is not None:
+            recorder = Recorder(
+                record_folder,
+                policy.info,
+                settings_of(policy, threads=threads),
+                config=RecorderConfig(part_bytes=round(record_part_mb * 1e6)),
+            )
+            until_end.callback(recorder.close)
+        watchers: list[SessionWatcher] = []
+        if rerun_url is not None:
+            from worldvln_edge.runtime.recording.rerun_watcher import RerunWatcher
+
+            viewer = RerunWatcher(policy.info, connect=rerun_url)
+            until_end.callback(viewer.close)
+            watchers.append(viewer.watch)
         serve(
             policy,
             host,
@@ -253,5 +313,10 @@ def serve_command(
             settled=SettledRule(steps=settled[0], cm=settled[1], deg=settled[2]),
             journal=journal,
             meters=meters,
+            recorder=recorder,
+            watchers=watchers,
+            tells_predictions=record_predicted,
+            dashboard=dashboard,
+            systemd=SystemdNotifier.from_environment(),
             on_ready=lambda url: click.echo(f"{policy.info.name} is ready at {url}", err=True),
         )

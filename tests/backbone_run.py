@@ -6,8 +6,9 @@ from pathlib import Path
 
 import msgspec
 import torch
-from backbone_stages import MixedFlights, make_stage
+from backbone_stages import CONFIG, MixedFlights, make_stage
 from safetensors.torch import save_file
+from small_models import random_model
 
 from worldvln_edge.training.stages.backbone_stage import BackboneConfig
 from worldvln_edge.training.trainer.distributed import Ranks, started_ranks
@@ -16,10 +17,15 @@ from worldvln_edge.training.trainer.trainer import Trainer, TrainerConfig, Train
 
 
 def train(folder: Path, settings: dict, ranks: Ranks | None = None) -> TrainingResult:
-    """Four steps on six flights; `settings` are those of `BackboneConfig`."""
-    flights = MixedFlights()
+    """Four steps on six flights; `settings` are those of `BackboneConfig`.
+
+    Only the first of several processes has a world model with values, as in a run of the command.
+    """
+    flights, model = MixedFlights(), random_model(CONFIG)
+    if ranks is not None and not ranks.is_first:
+        model.world_model.to("meta")
     return Trainer(
-        make_stage(msgspec.convert(settings, BackboneConfig), flights, held_out=flights),
+        make_stage(msgspec.convert(settings, BackboneConfig), flights, model, held_out=flights),
         OptimiserConfig(learning_rate=2e-3, steps=4),
         TrainerConfig(log_every=1, validate_every=0, tensorboard=False),
         folder,

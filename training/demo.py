@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from worldvln_edge.bundle import Bundle
+from worldvln_edge.runtime.recording.recorder import SUFFIX
 from worldvln_edge.tasks import Task
 from worldvln_edge.training.evaluation.bundle_source import ensure_bundle
 from worldvln_edge.training.evaluation.flight_run import FlightRun, FlightRunConfig, fly_tasks
@@ -27,7 +28,7 @@ class DemoError(RuntimeError):
 
 
 def run_demo(checkpoint: Path, out: Path, *, tasks: int, seed: int = 0, with_video: bool = True) -> FlightRun:
-    """Export, serve, fly and write everything of a flight run plus `bundle/` and `server.log` into `out`.
+    """Export, serve, fly; into `out` go everything of a flight run, `bundle/`, `recordings/` and `server.log`.
 
     Args:
         checkpoint: folder.
@@ -53,7 +54,10 @@ def run_demo(checkpoint: Path, out: Path, *, tasks: int, seed: int = 0, with_vid
     ensure_bundle(checkpoint, bundle_folder)
     bundle = Bundle.open(bundle_folder)
     flown = demo_tasks(tasks)
-    with serve_bundle(bundle_folder, out / "server.log") as server:
+    recordings = out / "recordings"
+    for older in recordings.glob(f"*{SUFFIX}"):  # of an earlier demo
+        older.unlink()
+    with serve_bundle(bundle_folder, out / "server.log", record=recordings) as server:
 
         def measure() -> dict[str, float | None]:
             return {

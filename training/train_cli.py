@@ -9,6 +9,7 @@ from typing import Any, Literal
 import click
 
 from worldvln_edge.command_options import seed_option
+from worldvln_edge.training.grpo.grpo_cli import compare_command, grpo_command
 
 _PATH = click.Path(path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -22,6 +23,10 @@ def train() -> None:
 
     Example: worldvln-edge train all --preset nano --data runs/flights/train --work runs/nano-work --out runs/nano
     """
+
+
+train.add_command(grpo_command)
+train.add_command(compare_command)
 
 
 def _start_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -209,7 +214,7 @@ def _train(
             held_out=None if validation is None else validation.source,
             held_out_fingerprint=None if validation is None else validation.fingerprint,
         )
-        chain.check(stages, has_out=out is not None)
+        chain.check(stages, out=out)
         chain.run(stages)
         if out is not None:
             chain.write_checkpoint(out)

@@ -43,10 +43,14 @@ class AsyncSessionClient:
     """One connection, one session at a time; calls made at once wait for each other. Lives on one event loop.
 
     Args:
-        url, key, options: as for `SessionClient`.
+        url: as for `SessionClient`.
+        key: API key.
+        options: as for `SessionClient`.
 
     Raises:
-        ServerAddressError, TrustFileError, ValueError: as for `SessionClient`.
+        ServerAddressError: as for `SessionClient`.
+        TrustFileError: as for `SessionClient`.
+        ValueError: as for `SessionClient`.
     """
 
     def __init__(self, url: str, key: str | None = None, **options: Unpack[ClientOptions]):

@@ -7,7 +7,8 @@ Our own typed errors are printed as one line and end with 1; wrong usage ends wi
 from __future__ import annotations
 
 import importlib
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import click
 
@@ -41,10 +42,24 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         "worldvln_edge.export.bench_export:bench_export_command", "export", "Measure exports at real size."
     ),
     "serve": Subcommand("worldvln_edge.runtime.cli:serve_command", "cpu,serve", "Serve a bundle to drones."),
+    "doctor": Subcommand(
+        "worldvln_edge.runtime.doctor.doctor_cli:doctor_command", "serve", "Say what keeps this computer from flying."
+    ),
+    "record": Subcommand("worldvln_edge.cli:record", "record", "Look into recordings, show them, convert them."),
+    "replay": Subcommand(
+        "worldvln_edge.runtime.recording.record_cli:replay_command",
+        "cpu,record",
+        "Feed a recording to a bundle, and compare the actions.",
+    ),
     "keygen": Subcommand("worldvln_edge.keygen_cli:keygen_command", "zmq", "Make CURVE keys for ZeroMQ."),
     "bench": Subcommand("worldvln_edge.runtime.bench.bench_cli:bench_command", "cpu", "Time a bundle, stage by stage."),
     "bench-serve": Subcommand(
         "worldvln_edge.runtime.bench.serve_load_cli:bench_serve_command", "serve", "Time the server itself, under load."
+    ),
+    "bench-record": Subcommand(
+        "worldvln_edge.runtime.bench.recording_cost_cli:bench_record_command",
+        "cpu,record",
+        "Time what recording costs a flight.",
     ),
     "soak": Subcommand(
         "worldvln_edge.runtime.bench.soak_cli:soak_command", "cpu", "Fly a bundle for long, and see that nothing grows."
@@ -77,10 +92,19 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "data": Subcommand(
         "worldvln_edge.training.data.cli:data", "data,train", "Look into training data, check it, convert it."
     ),
-    "sim": Subcommand("worldvln_edge.training.sim.cli:sim", "sim", "Run and inspect the simulator."),
-    "ros": Subcommand("worldvln_edge.ros_bridge.cli:ros", "dds", "Fly a robot by its topics (ROS 2 over DDS)."),
+    "sim": Subcommand("worldvln_edge.training.sim_cli:sim", "sim", "Run and inspect the simulator."),
+    "ros": Subcommand("worldvln_edge.ros_bridge.cli:ros", "dds", "Fly a robot by its topics (DDS, ROS 2, ROS 1)."),
     "demo": Subcommand(
         "worldvln_edge.training.cli:demo_command", "sim", "Export the packaged model, serve it, and fly held-out tasks."
+    ),
+}
+RECORD_SUBCOMMANDS: dict[str, Subcommand] = {
+    "info": Subcommand("worldvln_edge.runtime.recording.record_cli:info_command", "record", "What is in it."),
+    "show": Subcommand(
+        "worldvln_edge.runtime.recording.record_cli:show_command", "record,rerun", "Show it in the Rerun viewer."
+    ),
+    "export": Subcommand(
+        "worldvln_edge.training.data.recording_cli:export_command", "record,data,train", "Make training data of it."
     ),
 }
 # What foreign modules are called on the package index is not what they are imported as; the extra is what counts.
@@ -98,6 +122,11 @@ _EXTRA_OF_MODULE = {
     "zmq": "zmq",
     "cyclonedds": "dds",
     "opentelemetry": "otel",
+    "mcap": "record",
+    "mcap_protobuf": "record",
+    "foxglove_schemas_protobuf": "record",
+    "google": "record",
+    "rerun": "rerun",
     "onnx": "export",
     "onnxscript": "export",
     "tensorrt": "tensorrt",
@@ -113,49 +142,63 @@ class OneLineError(click.ClickException):
 
 
 class LazyGroup(click.Group):
-    """A group whose subcommands stand in SUBCOMMANDS."""
+    """A group whose subcommands stand in a table."""
+
+    def __init__(self, *args: Any, subcommands: Mapping[str, Subcommand], **options: Any):
+        super().__init__(*args, **options)
+        self._subcommands = subcommands
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(SUBCOMMANDS)
+        return list(self._subcommands)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        subcommand = SUBCOMMANDS.get(name)
+        subcommand = self._subcommands.get(name)
         if subcommand is None:
             return None
         module, _, attribute = subcommand.target.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)
         except ModuleNotFoundError as error:
-            raise _missing(name, error) from error
+            raise _missing(ctx, name, subcommand, error) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the subcommands without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, subcommand.help) for name, subcommand in SUBCOMMANDS.items()])
+            formatter.write_dl([(name, subcommand.help) for name, subcommand in self._subcommands.items()])
 
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
-            raise _missing(ctx.invoked_subcommand or "", error) from error
+            name = ctx.invoked_subcommand or ""
+            raise _missing(ctx, name, self._subcommands[name], error) from error
         except (ValueError, RuntimeError, LookupError, OSError) as error:
             if type(error).__module__.partition(".")[0] != "worldvln_edge":
                 raise  # not one of our typed errors: a fault, whose traceback is wanted
             raise OneLineError(str(error)) from error
 
 
-def _missing(name: str, error: ModuleNotFoundError) -> OneLineError:
+def _missing(ctx: click.Context, name: str, subcommand: Subcommand, error: ModuleNotFoundError) -> OneLineError:
     module = (error.name or "").partition(".")[0]
+    command = " ".join(["worldvln-edge", *ctx.command_path.split()[1:], name])
     if module == "worldvln_edge":
-        return OneLineError(f"`worldvln-edge {name}` is not part of this installation ({error.name} is missing)")
-    extra = _EXTRA_OF_MODULE.get(module) or SUBCOMMANDS[name].extra
-    return OneLineError(f"`worldvln-edge {name}` needs {module}; install it with: pip install 'worldvln-edge[{extra}]'")
+        return OneLineError(f"`{command}` is not part of this installation ({error.name} is missing)")
+    extra = _EXTRA_OF_MODULE.get(module) or subcommand.extra
+    return OneLineError(f"`{command}` needs {module}; install it with: pip install 'worldvln-edge[{extra}]'")
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, subcommands=SUBCOMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="worldvln-edge")
 def main() -> None:
     """Train WorldVLN, export it to ONNX, and fly it on the drone's own computer.
 
     Example: worldvln-edge serve bundle/ --ws 127.0.0.1:8001
+    """
+
+
+@click.group(cls=LazyGroup, subcommands=RECORD_SUBCOMMANDS)
+def record() -> None:
+    """Recordings of flights (`serve --record`): look into them, show them, make training data of them.
+
+    Example: worldvln-edge record info runs/demo/recordings/20261121T235900.250Z-a3901555b1ae9325.000.mcap
     """

@@ -52,7 +52,9 @@ class SessionClient:
             `frame_format`, time-outs, ...
 
     Raises:
-        ServerAddressError, TrustFileError, ValueError: see `ClientConfig`.
+        ServerAddressError: not an address of one of these transports.
+        TrustFileError: a file of keys or authorities cannot be used.
+        ValueError: an option out of its range.
     """
 
     def __init__(self, url: str, key: str | None = None, **options: Unpack[ClientOptions]):
@@ -108,7 +110,8 @@ class SessionClient:
             max_horizons: of a chained session; None: as many as the server allows.
 
         Raises:
-            ServerError, ServerUnreachableError.
+            ServerError: the server refused; its code says why.
+            ServerUnreachableError: no connection could be opened.
         """
         request = self._flight.start_request(
             prompt,
@@ -143,7 +146,8 @@ class SessionClient:
             segment: wanted segment; default: the next. An earlier one is answered again without inference.
             prompt: replaces the instruction for the segments still to come.
             deadline_ms: actions later than this after arrival are useless; frames are stored all the same.
-            t_ns, poses: capture time and pose [x, y, z, roll, yaw, pitch] (cm, deg) of every frame, for the log.
+            t_ns: capture time of every frame, for the log.
+            poses: pose [x, y, z, roll, yaw, pitch] (cm, deg) of every frame, for the log.
 
         Raises:
             ServerError: `gap`, `deadline`, `bad_image`, ... (spec/session_protocol.md 7.7).

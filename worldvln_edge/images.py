@@ -70,7 +70,16 @@ def decode_image_string(text: str, limits: ImageLimits | None = None) -> np.ndar
     """Decode a data URL (`data:image/...;base64,...`) or bare base64: uint8 [H, W, 3].
 
     Raises:
-        ImageError: empty, not base64, or what `decode_image` refuses.
+        ImageError: see `read_image_string` and `decode_image`.
+    """
+    return decode_image(read_image_string(text, limits), limits)
+
+
+def read_image_string(text: str, limits: ImageLimits | None = None) -> bytes:
+    """The encoded image in a data URL (`data:image/...;base64,...`) or bare base64.
+
+    Raises:
+        ImageError: empty, not base64, or too large.
     """
     limits = limits or ImageLimits()
     text = text.strip()
@@ -81,10 +90,9 @@ def decode_image_string(text: str, limits: ImageLimits | None = None) -> np.ndar
     if len(payload) > 4 * (-(-limits.max_bytes // 3)):
         raise ImageError(f"image is larger than {limits.max_bytes} bytes", "too_large")
     try:
-        data = base64.b64decode(payload, validate=True)
+        return base64.b64decode(payload, validate=True)
     except (binascii.Error, ValueError) as error:
         raise ImageError(NOT_BASE64) from error
-    return decode_image(data, limits)
 
 
 def decode_image(data: bytes, limits: ImageLimits | None = None) -> np.ndarray:

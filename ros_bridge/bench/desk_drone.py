@@ -22,7 +22,8 @@ from cyclonedds.topic import Topic
 from worldvln_edge.ros_bridge.bridge_config import DdsConfig
 from worldvln_edge.ros_bridge.conversions import quaternion_of_yaw
 from worldvln_edge.ros_bridge.ports import dds_types as dds
-from worldvln_edge.ros_bridge.ports.dds_port import cyclone_xml
+from worldvln_edge.ros_bridge.ports.dds_wire import cyclone_xml
+from worldvln_edge.ros_bridge.ports.messages import ns_of_time
 from worldvln_edge.ros_bridge.ports.topics import TopicsConfig
 
 _QOS = Qos(Policy.Reliability.Reliable(100_000_000), Policy.History.KeepLast(50))
@@ -115,8 +116,11 @@ class DeskDrone:
             timeout_s,
         )
 
-    def fly(self, text: str, timeout_s: float = 20.0) -> None:
+    def fly(self, text: str, timeout_s: float = 20.0, repeat_s: float = _REPEAT_S) -> None:
         """Publish an instruction until it is flown: the reader that is known may be that of a policy which has died.
+
+        Args:
+            repeat_s: longer than planning takes, which begins anew with every instruction.
 
         Raises DeskTimeoutError.
         """
@@ -124,7 +128,7 @@ class DeskDrone:
         while True:
             self.instruct(text)
             try:
-                return self.wait_for_flight(_REPEAT_S)
+                return self.wait_for_flight(repeat_s)
             except DeskTimeoutError:
                 if time.monotonic() > give_up_s:
                     raise
@@ -161,7 +165,7 @@ class DeskDrone:
             for sample in self._setpoint_reader.take(50):
                 linear, yaw_rate = sample.twist.linear, sample.twist.angular.z
                 velocity = np.array([linear.x, linear.y, linear.z])
-                stamp_ns = dds.ns_of_time(sample.header.stamp)
+                stamp_ns = ns_of_time(sample.header.stamp)
                 self.setpoints.append(ArrivedSetpoint(now_s, stamp_ns, (linear.x, linear.y, linear.z), yaw_rate))
             if now_s >= odometry_due_s:
                 odometry_due_s = max(odometry_due_s + _ODOMETRY_S, now_s)
@@ -174,7 +178,8 @@ class DeskDrone:
                     self._publish_image()
 
     def _header(self, frame: str) -> dds.Header:
-        return dds.Header(stamp=dds.time_of_ns(time.time_ns()), frame_id=frame)
+        sec, nanosec = divmod(time.time_ns(), 1_000_000_000)
+        return dds.Header(stamp=dds.Time(sec=sec, nanosec=nanosec), frame_id=frame)
 
     def _publish_odometry(self) -> None:
         position = dds.Point(*(float(value) for value in self.position))

@@ -1,6 +1,8 @@
 """How punctual setpoints are, and how soon the drone holds when the policy dies: real processes, signals and DDS.
 
 A setpoint process, a policy that is killed or stopped again and again, and a drone that notes when setpoints arrive.
+With a bundle the policy is the real one, and a server plans its segments meanwhile; without, a stand-in (see
+`stand_in_policy`), so that the bridge can be measured where no model is.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,15 +22,21 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from worldvln_edge.client import AnswerTimeoutError, ServerError, ServerUnreachableError
 from worldvln_edge.ros_bridge.bench.desk_drone import ArrivedSetpoint, DeskDrone
-from worldvln_edge.ros_bridge.bridge_config import BridgeConfig, DdsConfig
+from worldvln_edge.ros_bridge.bridge_config import BridgeConfig, DdsConfig, ServerConfig
+from worldvln_edge.ros_bridge.server_connection import server_client
 from worldvln_edge.ros_bridge.setpoints.limits import LimitsConfig
 from worldvln_edge.ros_bridge.setpoints.setpoint_config import SetpointConfig
 
 _BLOWS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
-_START_S = 20.0
+_START_S = 60.0
+_INSTRUCTION = "Fly forward."
+_FLIGHT_S = 6.0
+"""With a model: how long a flight of the undisturbed part is, before it is asked for again."""
 _WINDOW_S = 0.1
 _SPIN = "while True: pass"
+_CONFIG = "bench.json"
 
 
 class FailSafeBenchError(RuntimeError):
@@ -39,7 +48,11 @@ class FailSafeFigures(msgspec.Struct, frozen=True, kw_only=True):
 
     rate_hz: float
     realtime_priority: int
+    bundle: str | None
+    """What the server planned with; None: the stand-in."""
     busy_processes: int
+    load_average: float
+    """Of the machine, over the last minute, at the end."""
     flown_s: float
     interval_ms: dict[str, float]
     """Between setpoints as they are published (what arrives has the drone's own delays too): p50, p99, max."""
@@ -49,7 +62,7 @@ class FailSafeFigures(msgspec.Struct, frozen=True, kw_only=True):
     """Change of velocity within 0.1 s, over all chunk borders; around holds that came at once it is not counted."""
     acceleration_limit_m_s2: float
     holds_in_flight: int
-    """Holds without a fault: the machine was too busy for heartbeats."""
+    """Holds without a fault: the machine was too busy for heartbeats; with a model also waits for the next chunk."""
     hold_ms: dict[str, list[float]]
     """From the signal to the first zero velocity, by what was done to the policy."""
     silent_ms: dict[str, list[float]]
@@ -59,7 +72,15 @@ class FailSafeFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run_fail_safe_bench(
-    folder: Path, *, setpoint: SetpointConfig, seconds: float, repetitions: int, busy_processes: int, domain_id: int
+    folder: Path,
+    *,
+    setpoint: SetpointConfig,
+    seconds: float,
+    repetitions: int,
+    busy_processes: int,
+    domain_id: int,
+    bundle: Path | None = None,
+    threads: int = 1,
 ) -> FailSafeFigures:
     """
     Args:
@@ -69,6 +90,8 @@ def run_fail_safe_bench(
         repetitions: how often the policy is killed, and how often stopped.
         busy_processes: how many processes compute all the while, in place of inference.
         domain_id: DDS domain, which should be nobody else's.
+        bundle: served, and flown by the real policy process.
+        threads: of the server.
 
     Raises:
         FailSafeBenchError: a process did not start.
@@ -78,22 +101,29 @@ def run_fail_safe_bench(
         limits=LimitsConfig(geofence_min_m=(-20, -20, 0), geofence_max_m=(20, 20, 10)),
         setpoint=setpoint,
         dds=DdsConfig(domain_id=domain_id, network_interface="lo"),
+        server=ServerConfig(url=f"ws://127.0.0.1:{_free_port()}", answer_timeout_s=_START_S, frame_format="rgb8"),
     )
-    (folder / "bench.toml").write_text(_toml(config))
+    (folder / _CONFIG).write_bytes(msgspec.json.encode(config))
     hold: dict[str, list[float]] = {name: [] for name in _BLOWS}
     silent: dict[str, list[float]] = {name: [] for name in _BLOWS}
     recovered: dict[str, list[float]] = {name: [] for name in _BLOWS}
     with _Processes(folder) as processes, DeskDrone(config.dds, config.topics) as drone:
         for _ in range(busy_processes):
             processes.start("busy", ["-c", _SPIN])
+        if bundle is not None:
+            processes.start_server(bundle, config.server, threads)
         processes.start_setpoints()
-        policy = processes.start_policy()
-        drone.wait_for_flight(_START_S)
-        began = len(drone.setpoints)
-        time.sleep(seconds)
+        policy = processes.start_policy(bundle is not None)
+        _fly(drone, bundle)
+        began, ends_s = len(drone.setpoints), time.monotonic() + seconds
+        while (left_s := ends_s - time.monotonic()) > 0:
+            time.sleep(min(left_s, _FLIGHT_S))
+            _fly(drone, bundle)
         flight = drone.setpoints[began:]
         for name, blow in [*_BLOWS.items()] * repetitions:
-            time.sleep(random.uniform(0.5, 1.0))  # anywhere between two heartbeats and two ticks
+            _fly(drone, bundle)
+            # Anywhere between two heartbeats and two ticks; with a model while it still flies.
+            time.sleep(random.uniform(0.5, 1.0) if bundle is None else random.uniform(0.0, 0.2))
             policy.send_signal(blow)
             struck_s = time.monotonic()
             time.sleep(1.0)
@@ -101,15 +131,17 @@ def run_fail_safe_bench(
             silent[name].append((drone.setpoints[-1].at_s - struck_s) * 1e3)
             policy.kill()
             policy.wait()
-            policy, restarted_s = processes.start_policy(), time.monotonic()
-            drone.wait_for_flight(_START_S)
+            policy, restarted_s = processes.start_policy(bundle is not None), time.monotonic()
+            _fly(drone, bundle)
             recovered[name].append((time.monotonic() - restarted_s) * 1e3)
     intervals_ms = np.diff([setpoint.stamp_ns for setpoint in flight]) / 1e6
     return FailSafeFigures(
         rate_hz=setpoint.rate_hz,
         realtime_priority=setpoint.realtime_priority,
+        bundle=None if bundle is None else bundle.name,
         busy_processes=busy_processes,
-        flown_s=seconds,
+        load_average=os.getloadavg()[0],
+        flown_s=(flight[-1].stamp_ns - flight[0].stamp_ns) / 1e9,
         interval_ms={
             "p50": float(np.percentile(intervals_ms, 50)),
             "p99": float(np.percentile(intervals_ms, 99)),
@@ -141,21 +173,18 @@ def _largest_acceleration(flight: Sequence[ArrivedSetpoint]) -> float:
     return largest
 
 
-def _toml(config: BridgeConfig) -> str:
-    """The sections that the bench sets; TOML without a writer, for there are only numbers, lists and one name."""
-    sections: dict[str, dict[str, object]] = {
-        "limits": {
-            "geofence_min_m": list(config.limits.geofence_min_m),
-            "geofence_max_m": list(config.limits.geofence_max_m),
-        },
-        "setpoint": {"rate_hz": config.setpoint.rate_hz, "realtime_priority": config.setpoint.realtime_priority},
-        "dds": {"domain_id": config.dds.domain_id, "network_interface": '"lo"'},
-    }
-    lines = [
-        f"[{name}]\n" + "".join(f"{key} = {value}\n" for key, value in values.items())
-        for name, values in sections.items()
-    ]
-    return "\n".join(lines)
+def _fly(drone: DeskDrone, bundle: Path | None) -> None:
+    """Until setpoints move the drone; the stand-in needs no instruction."""
+    if bundle is None:
+        drone.wait_for_flight(_START_S)
+    else:
+        drone.fly(_INSTRUCTION, _START_S, _START_S / 4)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class _Processes:
@@ -163,6 +192,7 @@ class _Processes:
 
     def __init__(self, folder: Path):
         self._folder, self._socket_path = folder, folder / "setpoints.sock"
+        self._options = ["--via", "dds", "--config", str(folder / _CONFIG), "--socket", str(self._socket_path)]
         self._all: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> _Processes:
@@ -181,16 +211,33 @@ class _Processes:
         return process
 
     def start_setpoints(self) -> None:
-        options = ["--config", str(self._folder / "bench.toml"), "--socket", str(self._socket_path)]
-        process = self.start("setpoints", ["-m", "worldvln_edge", "ros", "setpoints", "--via", "dds", *options])
+        process = self.start("setpoints", ["-m", "worldvln_edge", "ros", "setpoints", *self._options])
         give_up_s = time.monotonic() + _START_S
         while not self._socket_path.is_socket():
             if process.poll() is not None or time.monotonic() > give_up_s:
                 raise FailSafeBenchError(f"the setpoint process did not start: {self._log('setpoints').read_text()}")
             time.sleep(0.01)
 
-    def start_policy(self) -> subprocess.Popen[bytes]:
+    def start_policy(self, is_real: bool) -> subprocess.Popen[bytes]:
+        if is_real:
+            return self.start("policy", ["-m", "worldvln_edge", "ros", "policy", *self._options])
         return self.start("policy", ["-m", "worldvln_edge.ros_bridge.bench.stand_in_policy", str(self._socket_path)])
+
+    def start_server(self, bundle: Path, config: ServerConfig, threads: int) -> None:
+        address = config.url.removeprefix("ws://")
+        options = ["--ws", address, "--threads", str(threads)]
+        process = self.start("server", ["-m", "worldvln_edge", "serve", str(bundle), *options])
+        give_up_s = time.monotonic() + 2 * _START_S
+        while True:
+            try:
+                with server_client(config)() as client:
+                    client.ping()
+                return
+            except (ServerUnreachableError, ServerError, AnswerTimeoutError) as failure:
+                if process.poll() is not None or time.monotonic() > give_up_s:
+                    log = self._log("server").read_text()
+                    raise FailSafeBenchError(f"the server did not start ({failure}): {log}") from failure
+            time.sleep(0.2)
 
     def _log(self, name: str) -> Path:
         return self._folder / f"{name}.log"
@@ -199,9 +246,11 @@ class _Processes:
 def table_lines(figures: FailSafeFigures) -> Iterator[str]:
     """The figures as lines of text, worst case first where there are several."""
     yield (
-        f"setpoints at {figures.rate_hz:g} Hz for {figures.flown_s:g} s, {figures.busy_processes} busy processes, "
-        f"real-time priority {figures.realtime_priority}"
+        f"setpoints at {figures.rate_hz:g} Hz for {figures.flown_s:.0f} s, "
+        f"{figures.busy_processes} busy processes, real-time priority {figures.realtime_priority}"
     )
+    planner = "a stand-in" if figures.bundle is None else f"a server with {figures.bundle}"
+    yield f"planned by {planner}; load average {figures.load_average:.1f} on {os.cpu_count()} cores"
     intervals = ", ".join(f"{name} {value:.1f}" for name, value in figures.interval_ms.items())
     yield f"  interval        {intervals} ms; 99 of 100 within {figures.jitter_p99_ms:.1f} ms of the period"
     yield (

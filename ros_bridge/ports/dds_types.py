@@ -106,6 +106,45 @@ class Path(IdlStruct, typename="nav_msgs::msg::dds_::Path_"):
 
 
 @dataclass
+class Transform(IdlStruct, typename="geometry_msgs::msg::dds_::Transform_"):
+    translation: Vector3
+    rotation: Quaternion
+
+
+@dataclass
+class TransformStamped(IdlStruct, typename="geometry_msgs::msg::dds_::TransformStamped_"):
+    header: Header
+    child_frame_id: str
+    transform: Transform
+
+
+@dataclass
+class TFMessage(IdlStruct, typename="tf2_msgs::msg::dds_::TFMessage_"):
+    transforms: types.sequence[TransformStamped]
+
+
+@dataclass
+class Duration(IdlStruct, typename="builtin_interfaces::msg::dds_::Duration_"):
+    sec: types.int32
+    nanosec: types.uint32
+
+
+@dataclass
+class MultiDOFJointTrajectoryPoint(IdlStruct, typename="trajectory_msgs::msg::dds_::MultiDOFJointTrajectoryPoint_"):
+    transforms: types.sequence[Transform]
+    velocities: types.sequence[Twist]
+    accelerations: types.sequence[Twist]
+    time_from_start: Duration
+
+
+@dataclass
+class MultiDOFJointTrajectory(IdlStruct, typename="trajectory_msgs::msg::dds_::MultiDOFJointTrajectory_"):
+    header: Header
+    joint_names: types.sequence[str]
+    points: types.sequence[MultiDOFJointTrajectoryPoint]
+
+
+@dataclass
 class KeyValue(IdlStruct, typename="diagnostic_msgs::msg::dds_::KeyValue_"):
     key: str
     value: str
@@ -197,11 +236,3 @@ class CompressedImage(IdlStruct, typename="sensor_msgs::msg::dds_::CompressedIma
 def topic_name(ros_name: str) -> str:
     """DDS name of a ROS 2 topic (`/camera/image_raw`)."""
     return f"rt/{ros_name.lstrip('/')}"
-
-
-def time_of_ns(stamp_ns: int) -> Time:
-    return Time(sec=stamp_ns // 1_000_000_000, nanosec=stamp_ns % 1_000_000_000)
-
-
-def ns_of_time(time: Time) -> int:
-    return int(time.sec) * 1_000_000_000 + int(time.nanosec)

@@ -66,8 +66,13 @@ class OdometryTrack:
         return f"odometry is {age_s:.2f} s old" if age_s > self.config.stale_after_s else None
 
     @property
+    def has_pose(self) -> bool:
+        """Whether a finite pose has come yet."""
+        return bool(self._times)
+
+    @property
     def newest(self) -> np.ndarray:
-        """The last finite pose [4]; there must be one (`why_unusable`)."""
+        """The last finite pose [4]; there must be one (`has_pose`)."""
         return self._poses[-1]
 
     def at(self, time_s: float) -> np.ndarray | None:

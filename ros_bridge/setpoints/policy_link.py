@@ -39,6 +39,12 @@ class Stop(msgspec.Struct, tag="stop", frozen=True):
     """The flight is over: hold."""
 
 
+class Ready(msgspec.Struct, tag="ready", frozen=True):
+    """With a simulator in lockstep: the policy has taken in what came with this /clock, and the world may go on."""
+
+    stamp_ns: int
+
+
 class Progress(msgspec.Struct, tag="progress", frozen=True):
     """What the setpoint process did at `at_ns`; sent to the policy at every tick."""
 
@@ -50,7 +56,7 @@ class Progress(msgspec.Struct, tag="progress", frozen=True):
     faults: tuple[str, ...] = ()
 
 
-FromPolicy = Alive | Chunk | Stop
+FromPolicy = Alive | Chunk | Stop | Ready
 _encoder = msgspec.msgpack.Encoder()
 _from_policy = msgspec.msgpack.Decoder(FromPolicy)
 _progress = msgspec.msgpack.Decoder(Progress)

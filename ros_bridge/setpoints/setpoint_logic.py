@@ -14,7 +14,6 @@ Legend: poses and velocities [4] are x, y, z, yaw (ENU; m, rad; m/s, rad/s). Tim
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import msgspec
@@ -30,13 +29,11 @@ from worldvln_edge.ros_bridge.setpoints.limits import (
     approach_velocity,
 )
 from worldvln_edge.ros_bridge.setpoints.odometry_track import OdometryConfig, OdometryTrack
+from worldvln_edge.ros_bridge.setpoints.path_speed import REST_S, allowed_share, reachable_share, share_of_motion
+from worldvln_edge.ros_bridge.setpoints.pose_reference import PoseReference
 from worldvln_edge.ros_bridge.setpoints.setpoint_config import SetpointConfig
 
 Mode = Literal["fly", "hold", "silent"]
-_REST_S = 0.05
-"""A chunk is used up when the velocity is so low that it can be taken away within this time."""
-_SLOWING_SHARE = 0.5
-"""Of the acceleration limit, for slowing down towards the end of a chunk; the rest is left for corrections."""
 _LONGEST_TICK_S = 0.1
 """A tick that comes later counts as this long: nothing is made up for."""
 _TAIL = 1e-3
@@ -50,6 +47,8 @@ class Setpoint(msgspec.Struct, frozen=True, kw_only=True):
     velocity_m_s: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """x, y, z of the odometry's world (ENU)."""
     yaw_rate_rad_s: float = 0.0
+    pose_4: tuple[float, float, float, float] | None = None
+    """The same motion as a place to be at: x, y, z, yaw. None while nobody knows where the drone is."""
     reason: str = ""
     chunk: int | None = None
     """Number of the chunk that is flown or was used up last."""
@@ -62,9 +61,12 @@ class SetpointLogic:
         self.config, self.limits = config, limits
         self.faults = FaultLatch()
         self._odometry = OdometryTrack(odometry or OdometryConfig(), limits.max_speed_m_s)
+        # As far ahead of the drone as the path's progress may be at most.
+        self._reference = PoseReference(limits, 2 * config.max_lag_m, 2 * config.max_lag_rad)
         self._policy_seen_s: float | None = None
         self._last_tick_s: float | None = None
         self._velocity_3, self._yaw_rate = np.zeros(3), 0.0
+        self._share = 0.0  # of full speed along the path, in the last tick
         self._newest_chunk = -1
         self._path: ChunkPath | None = None
         self._chunk_number: int | None = None
@@ -114,12 +116,14 @@ class SetpointLogic:
         # What was flown since the frame was taken, along the chunk before, is not flown twice.
         elapsed_actions = (now_s - seen_s) * fps
         self._progress = self._path.nearest_progress(self._odometry.newest[:3], elapsed_actions)
+        # The drone goes on at the speed that it has: what differs in direction is blended within the limits.
+        self._share = share_of_motion(self._path, self._progress, self.limits, self._velocity_3, self._yaw_rate)
         return None
 
     @property
-    def path_poses(self) -> np.ndarray | None:
-        """Poses [N+1, 4] of the chunk that is flown; None without one."""
-        return None if self._path is None else self._path.poses_N4
+    def path(self) -> ChunkPath | None:
+        """Of the chunk that is flown; None without one."""
+        return self._path
 
     def stop(self) -> None:
         """The flight has ended or was cancelled: hold."""
@@ -141,22 +145,23 @@ class SetpointLogic:
         if amiss is not None:
             return self._at_rest("hold", amiss)
         assert self._path is not None, "without a chunk the drone holds"
+        consumed = self._progress  # by now; what this tick adds is flown until the next
         if self._progress < self._path.length:
             wanted_4, reason = self._follow(self._path, seconds), ""
         else:
             wanted_4, reason = np.zeros(4), "the chunk is used up"
-        position_3 = self._odometry.newest[:3]
-        limits = self.limits
+        here_4, limits = self._odometry.newest, self.limits
         self._velocity_3 = approach_velocity(
             self._velocity_3,
             wanted_4[:3],
-            AllowedVelocities.at(position_3, limits),
+            AllowedVelocities.at(here_4[:3], limits),
             limits.max_acceleration_m_s2 * seconds,
         )
         self._yaw_rate = approach_rate(
             self._yaw_rate, float(wanted_4[3]), limits.max_yaw_rate_rad_s, limits.max_yaw_acceleration_rad_s2 * seconds
         )
-        return self._setpoint("hold" if reason else "fly", reason)
+        self._reference.advance(np.array([*self._velocity_3, self._yaw_rate]), seconds, here_4)
+        return self._setpoint("hold" if reason else "fly", reason, consumed)
 
     def _why_silent(self, now_s: float) -> str | None:
         if self._policy_seen_s is None:
@@ -184,10 +189,15 @@ class SetpointLogic:
     def _follow(self, path: ChunkPath, seconds: float) -> np.ndarray:
         """Velocity [4] along the chunk, with the correction towards it; counts what this tick consumes."""
         config, here_4 = self.config, self._odometry.newest
-        share = self._speed_share(path, seconds) * self._share_of_lag(path, here_4)
+        share = min(
+            allowed_share(path, self._progress, self.limits),
+            reachable_share(path, self._progress, self.limits, self._share, seconds),
+        )
+        share *= self._share_of_lag(path, here_4)
+        self._share = share
         velocity_4 = share * path.velocity_at(self._progress)
         progress = min(self._progress + share * path.fps * seconds, path.length - _TAIL)
-        offset_4 = path.pose_at(progress) - here_4
+        offset_4 = path.pose_at(self._progress) - here_4  # the velocity leads on from here
         correction_3 = config.correction_gain * offset_4[:3]
         length = float(np.linalg.norm(correction_3))
         if length > config.max_correction_m_s:
@@ -204,29 +214,7 @@ class SetpointLogic:
     def _is_slow(self, velocity_4: np.ndarray) -> bool:
         speed, turning = float(np.linalg.norm(velocity_4[:3])), abs(float(velocity_4[3]))
         limits = self.limits
-        return (
-            speed <= _REST_S * limits.max_acceleration_m_s2 and turning <= _REST_S * limits.max_yaw_acceleration_rad_s2
-        )
-
-    def _speed_share(self, path: ChunkPath, seconds: float) -> float:
-        """Share of full speed: what limits allow, the drone can reach now, and can still stop from at the end."""
-        limits = self.limits
-        metres, turns = path.remaining(self._progress)
-        x, y, z, turning = (float(value) for value in path.velocity_at(self._progress))
-        # Never so slow that the end is not reached: what can be taken away at once may go on.
-        stoppable, stoppable_turn = (
-            max(math.sqrt(2 * _SLOWING_SHARE * limit * left), _REST_S / 2 * limit)
-            for limit, left in ((limits.max_acceleration_m_s2, metres), (limits.max_yaw_acceleration_rad_s2, turns))
-        )
-        reachable = float(np.linalg.norm(self._velocity_3)) + limits.max_acceleration_m_s2 * seconds
-        reachable_turn = abs(self._yaw_rate) + limits.max_yaw_acceleration_rad_s2 * seconds
-        return min(
-            1.0,
-            _share(math.hypot(x, y, z), min(stoppable, reachable)),
-            _share(math.hypot(x, y), limits.max_speed_m_s),
-            _share(abs(z), limits.max_climb_m_s if z > 0 else limits.max_descent_m_s),
-            _share(abs(turning), min(stoppable_turn, reachable_turn, limits.max_yaw_rate_rad_s)),
-        )
+        return speed <= REST_S * limits.max_acceleration_m_s2 and turning <= REST_S * limits.max_yaw_acceleration_rad_s2
 
     def _share_of_lag(self, path: ChunkPath, here_4: np.ndarray) -> float:
         """Progress waits for a drone that cannot follow."""
@@ -262,20 +250,27 @@ class SetpointLogic:
         self._chunk_seen_s, self._progress = 0.0, 0.0
 
     def _at_rest(self, mode: Mode, reason: str) -> Setpoint:
-        self._velocity_3, self._yaw_rate = np.zeros(3), 0.0
-        return self._setpoint(mode, reason)
+        was_moving = bool(self._velocity_3.any()) or self._yaw_rate != 0
+        self._velocity_3, self._yaw_rate, self._share = np.zeros(3), 0.0, 0.0
+        if mode == "silent":
+            self._reference.forget()
+        elif self._odometry.has_pose:
+            here_4 = self._odometry.newest
+            if was_moving or self._reference.pose_4 is None:
+                self._reference.settle(here_4)
+            else:  # a pilot who flies it elsewhere takes the pose along
+                self._reference.advance(np.zeros(4), 0.0, here_4)
+        return self._setpoint(mode, reason, self._progress)
 
-    def _setpoint(self, mode: Mode, reason: str) -> Setpoint:
+    def _setpoint(self, mode: Mode, reason: str, consumed: float) -> Setpoint:
         x, y, z = (float(value) for value in self._velocity_3)
+        pose = self._reference.pose_4
         return Setpoint(
             mode=mode,
             velocity_m_s=(x, y, z),
             yaw_rate_rad_s=self._yaw_rate,
+            pose_4=None if pose is None else tuple(pose.tolist()),
             reason=reason,
             chunk=self._chunk_number,
-            progress=self._progress,
+            progress=consumed,
         )
-
-
-def _share(speed: float, largest: float) -> float:
-    return largest / speed if speed > largest else 1.0

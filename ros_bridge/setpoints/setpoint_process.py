@@ -17,7 +17,14 @@ import numpy as np
 from worldvln_edge.ros_bridge.diagnostics import Diagnostic, error, ok, warning
 from worldvln_edge.ros_bridge.ports.port import OdometrySample, Port
 from worldvln_edge.ros_bridge.setpoints.loop_timing import LoopTiming
-from worldvln_edge.ros_bridge.setpoints.policy_link import Alive, Chunk, LinkListener, Progress, Stop
+from worldvln_edge.ros_bridge.setpoints.policy_link import (
+    Alive,
+    Chunk,
+    FromPolicy,
+    LinkListener,
+    Progress,
+    Stop,
+)
 from worldvln_edge.ros_bridge.setpoints.setpoint_logic import Setpoint, SetpointLogic
 
 _log = logging.getLogger(__name__)
@@ -31,10 +38,12 @@ class SetpointProcess:
         logic: decides.
         port: odometry and commands come from it, setpoints go to it.
         listener: where the policy connects.
+        publishes_poses: setpoints are poses (`topics.setpoint_kind` pose), else velocities.
     """
 
-    def __init__(self, logic: SetpointLogic, port: Port, listener: LinkListener):
+    def __init__(self, logic: SetpointLogic, port: Port, listener: LinkListener, *, publishes_poses: bool = False):
         self._logic, self._port, self._listener = logic, port, listener
+        self._publishes_poses = publishes_poses
         self.timing = LoopTiming(logic.config.rate_hz)
         self._odometry: deque[tuple[OdometrySample, float]] = deque(maxlen=_ODOMETRY_KEPT)
         self._commands: deque[str] = deque(maxlen=16)
@@ -42,7 +51,7 @@ class SetpointProcess:
         self._last = Setpoint(mode="silent", reason="starting")
         self._refused = ""
         self._is_stopping = False
-        port.subscribe_odometry(lambda sample: self._odometry.append((sample, time.monotonic())))
+        port.subscribe_odometry(self._receive_odometry)
         port.subscribe_command(self._commands.append)
 
     def stop(self) -> None:
@@ -77,15 +86,25 @@ class SetpointProcess:
             self._logic.policy_restarted()
         had_policy = self._listener.has_policy
         for message in self._listener.receive():
-            now_s = time.monotonic()
-            if isinstance(message, Alive):
-                self._logic.policy_alive(message.seen_ns / 1e9, now_s)
-            elif isinstance(message, Stop):
-                self._logic.stop()
-            else:
-                self._take_chunk(message)
+            self._take(message)
         if had_policy and not self._listener.has_policy:
             _log.warning("the policy has disconnected")
+
+    def _take(self, message: FromPolicy) -> None:
+        if isinstance(message, Alive):
+            self._logic.policy_alive(message.seen_ns / 1e9, self._now_ns() / 1e9)
+        elif isinstance(message, Stop):
+            self._logic.stop()
+        elif isinstance(message, Chunk):
+            self._take_chunk(message)
+
+    def _now_ns(self) -> int:
+        """The clock of everything that the policy and the odometry say."""
+        return time.monotonic_ns()
+
+    def _receive_odometry(self, sample: OdometrySample) -> None:
+        """In the port's thread."""
+        self._odometry.append((sample, time.monotonic()))
 
     def _take_chunk(self, chunk: Chunk) -> None:
         self._take_odometry()  # the chunk starts where the drone was
@@ -94,14 +113,15 @@ class SetpointProcess:
             np.array(chunk.actions, np.float64),
             fps=chunk.fps,
             seen_s=chunk.seen_ns / 1e9,
-            now_s=time.monotonic(),
+            now_s=self._now_ns() / 1e9,
         )
         self._refused = "" if why_not is None else f"chunk {chunk.number} is not flown: {why_not}"
         if self._refused:
             _log.error(self._refused)
-        path = self._logic.path_poses
+        path = self._logic.path
         if why_not is None and path is not None:
-            self._port.publish_path(path)
+            self._port.publish_path(path.poses_N4)
+            self._port.publish_chunk(path.poses_N4, path.fps)
 
     def _take_odometry(self) -> None:
         while self._odometry:
@@ -113,11 +133,7 @@ class SetpointProcess:
         while self._commands:
             self._obey(self._commands.popleft())
         setpoint = self._logic.tick(now_ns / 1e9)
-        if setpoint.mode != "silent":
-            self._port.publish_setpoint(setpoint.velocity_m_s, setpoint.yaw_rate_rad_s)
-        if (setpoint.mode, setpoint.reason) != (self._last.mode, self._last.reason):
-            _log.info("%s%s", setpoint.mode, f": {setpoint.reason}" if setpoint.reason else "")
-        self._last = setpoint
+        # The report first: in lockstep the setpoint lets the world go on, and the policy must know by then.
         self._listener.send(
             Progress(
                 at_ns=now_ns,
@@ -128,9 +144,21 @@ class SetpointProcess:
                 faults=self._logic.faults.names,
             )
         )
+        self._publish(setpoint)
+        if (setpoint.mode, setpoint.reason) != (self._last.mode, self._last.reason):
+            _log.info("%s%s", setpoint.mode, f": {setpoint.reason}" if setpoint.reason else "")
+        self._last = setpoint
         if now_ns >= self._diagnostics_due_ns:
             self._diagnostics_due_ns = now_ns + _DIAGNOSTICS_NS
             self._port.publish_diagnostics(self.diagnostics())
+
+    def _publish(self, setpoint: Setpoint) -> None:
+        if setpoint.mode == "silent":
+            return
+        if not self._publishes_poses:
+            self._port.publish_setpoint(setpoint.velocity_m_s, setpoint.yaw_rate_rad_s)
+        elif setpoint.pose_4 is not None:
+            self._port.publish_setpoint_pose(np.array(setpoint.pose_4))
 
     def _obey(self, command: str) -> None:
         if command == "stop":

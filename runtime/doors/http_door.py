@@ -31,6 +31,7 @@ from worldvln_edge.runtime.sessions.implicit_session import (
     Wording,
     door_session_name,
 )
+from worldvln_edge.runtime.sessions.session_events import SentFrame
 from worldvln_edge.runtime.sessions.session_manager import SessionManager
 from worldvln_edge.wire import check_session_name
 
@@ -173,6 +174,9 @@ class _ImageStrings:
 
     def decode(self, new: slice, *, keep: int, room_bytes: int) -> list[np.ndarray]:
         return decode_each(self._texts[new], self._decode_one, room_bytes=room_bytes, keep=keep)
+
+    def sent(self, new: slice) -> list[SentFrame]:
+        return [SentFrame(text) for text in self._texts[new]]
 
     def _decode_one(self, text: str) -> np.ndarray:
         try:

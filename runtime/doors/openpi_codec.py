@@ -20,6 +20,7 @@ import numpy as np
 from worldvln_edge.images import ImageError, decode_image
 from worldvln_edge.protocol import Limits, ProtocolError
 from worldvln_edge.runtime.sessions.frame_decoding import check_size, decode_each, image_limits
+from worldvln_edge.runtime.sessions.session_events import SentFrame
 
 Reply = Literal["segment", "step"]
 REPLIES: tuple[Reply, ...] = ("segment", "step")
@@ -78,6 +79,9 @@ class FrameList:
 
     def decode(self, new: slice, *, keep: int, room_bytes: int) -> list[np.ndarray]:
         return decode_each(self._frames[new][:keep], self._decode_one, room_bytes=room_bytes)
+
+    def sent(self, new: slice) -> list[SentFrame]:
+        return [SentFrame(data, None if isinstance(data, bytes) else data.shape[:2]) for data in self._frames[new]]
 
     def _decode_one(self, frame: np.ndarray | bytes) -> np.ndarray:
         try:

@@ -14,6 +14,7 @@ from typing import Any
 from worldvln_edge.runtime.doors.listen_address import AddressInUseError
 from worldvln_edge.runtime.doors.memory_upkeep import collect_only_what_is_new, give_back_free_memory
 from worldvln_edge.runtime.doors.session_server import DEFAULT_HOST, DEFAULT_PORT, SessionServer
+from worldvln_edge.runtime.doors.systemd_watchdog import SystemdNotifier
 from worldvln_edge.runtime.doors.zmq_endpoint import ZmqEndpointError
 from worldvln_edge.runtime.sessions.policy import Policy
 from worldvln_edge.runtime.sessions.warm_up import WarmUpError
@@ -25,12 +26,14 @@ def serve(
     port: int = DEFAULT_PORT,
     *,
     on_ready: Callable[[str], None] | None = None,
+    systemd: SystemdNotifier | None = None,
     **options: Any,
 ) -> None:
     """Serve until SIGTERM or SIGINT. Options are those of SessionServer.
 
     Args:
         on_ready: called with `SessionServer.addresses`, separated by blanks, once sessions can be started.
+        systemd: told when the server is ready, alive, and stopping.
 
     Raises:
         UnsafeAddressError, ZmqEndpointError: see SessionServer.
@@ -46,13 +49,19 @@ def serve(
         if serving.done():
             return await serving
         collect_only_what_is_new()
-        upkeep = asyncio.create_task(give_back_free_memory(lambda: server.manager.queue == 0))
+        beside = [asyncio.create_task(give_back_free_memory(lambda: server.manager.queue == 0))]
+        if systemd is not None:
+            systemd.tell(f"READY=1\nSTATUS=ready at {' '.join(server.addresses)}")
+            beside.append(asyncio.create_task(systemd.keep_alive(lambda: server.manager.device_work_s)))
         if on_ready is not None:
             on_ready(" ".join(server.addresses))
         try:
             await serving
         finally:
-            upkeep.cancel()
+            for task in beside:
+                task.cancel()
+            if systemd is not None:
+                systemd.tell("STOPPING=1")
 
     asyncio.run(run())
 

@@ -13,11 +13,13 @@ import socket
 import ssl
 from collections.abc import Sequence
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
-from starlette.routing import Route, WebSocketRoute
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from worldvln_edge.protocol import WEBSOCKET_PATH, Limits
+from worldvln_edge.runtime.dashboard.dashboard_door import DashboardDoor
 from worldvln_edge.runtime.doors.access import AccessRule
 from worldvln_edge.runtime.doors.application import create_app, split_by_port
 from worldvln_edge.runtime.doors.connection_room import ConnectionRoom
@@ -31,15 +33,20 @@ from worldvln_edge.runtime.doors.websocket_connection import BoundedWebSocketCon
 from worldvln_edge.runtime.doors.websocket_door import WebSocketDoor
 from worldvln_edge.runtime.doors.zmq_config import ZmqConfig
 from worldvln_edge.runtime.doors.zmq_door import ZmqDoor
+from worldvln_edge.runtime.recording.prediction_teller import PredictionTeller
 from worldvln_edge.runtime.sessions.chained_session import SettledRule
 from worldvln_edge.runtime.sessions.envelope import EnvelopeConfig
 from worldvln_edge.runtime.sessions.event_log import EventLog, Meters
 from worldvln_edge.runtime.sessions.meter import Meter
 from worldvln_edge.runtime.sessions.metrics import ServerMetrics
 from worldvln_edge.runtime.sessions.policy import Policy
+from worldvln_edge.runtime.sessions.session_events import SessionWatcher
 from worldvln_edge.runtime.sessions.session_journal import SessionJournal
 from worldvln_edge.runtime.sessions.session_manager import SessionManager
 from worldvln_edge.runtime.sessions.warm_up import WarmUpError, fly_until_steady
+
+if TYPE_CHECKING:  # mcap is needed by servers that record, and by no others
+    from worldvln_edge.runtime.recording.recorder import Recorder
 
 _log = logging.getLogger(__name__)
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8001
@@ -67,6 +74,10 @@ class SessionServer(uvicorn.Server):
         settled: when a chained session says that the drone has arrived; None: UAV-Flow's rule.
         journal: where sessions outlive this process; closed with the server. None: nowhere.
         meters: are told what happens, besides the metrics and the log.
+        recorder: is told of every session; who made it closes it once the server has ended.
+        watchers: are told of every session, too.
+        dashboard: answer `/dashboard` (dashboard_door.py).
+        tells_predictions: tell them and the recorder the frames that the policy predicts, too.
         device_workers: threads that may be inside the policy at once.
         drain_s: how long work in progress may take after SIGTERM.
 
@@ -95,6 +106,10 @@ class SessionServer(uvicorn.Server):
         settled: SettledRule | None = None,
         journal: SessionJournal | None = None,
         meters: Sequence[Meter] = (),
+        recorder: Recorder | None = None,
+        watchers: Sequence[SessionWatcher] = (),
+        tells_predictions: bool = False,
+        dashboard: bool = False,
         device_workers: int = 1,
         drain_s: float = 30.0,
     ):
@@ -114,6 +129,13 @@ class SessionServer(uvicorn.Server):
             meter=Meters((metrics, EventLog(), *meters)),
         )
         metrics.watch(sessions=lambda: manager.sessions, queue=lambda: manager.queue, is_ready=lambda: manager.is_ready)
+        for watcher in watchers:
+            manager.events.subscribe(watcher)
+        if tells_predictions:
+            manager.events.subscribe(PredictionTeller(manager).watch)
+        if recorder is not None:
+            manager.events.subscribe(recorder.watch)
+            metrics.watch_recorder(recorder)
         access = AccessRule(keys=keys, origins=origins)
         entrance = Entrance(self.manager, access)
         self.door = WebSocketDoor(self.manager, entrance)
@@ -126,11 +148,14 @@ class SessionServer(uvicorn.Server):
         self.is_listening = False
         """Whether every address is known and clients may come; the server may still be warming up."""
         self.host, self._bound_port, self._http_port, self._drain_s = host, 0, 0, drain_s
-        doors = [
+        doors: list[BaseRoute] = [
             Route(PREDICT_PATH, self.http.predict, methods=["POST"]),
             WebSocketRoute(WEBSOCKET_PATH, self.door.serve),
             *(WebSocketRoute(path, self.openpi.serve) for path in OPENPI_PATHS),
         ]
+        self.dashboard = DashboardDoor(self.manager, access, has_keys=bool(keys)) if dashboard else None
+        if self.dashboard is not None:
+            doors += self.dashboard.routes
         super().__init__(
             uvicorn.Config(
                 split_by_port(create_app(self.manager, doors, metrics), lambda: self._http_port),
@@ -241,6 +266,8 @@ class SessionServer(uvicorn.Server):
             await asyncio.gather(*farewells)
         if self._warming is not None:
             self._warming.cancel()
+        if self.dashboard is not None:
+            self.dashboard.board.close()
         if self.zmq is not None:
             await self.zmq.close()
         self._room.end_handshakes()

@@ -14,6 +14,7 @@ from worldvln_edge.protocol import ProtocolError
 from worldvln_edge.runtime.sessions.device_queue import DeviceQueue, Ticket
 from worldvln_edge.runtime.sessions.live_session import LiveSession, SessionKey
 from worldvln_edge.runtime.sessions.policy_calls import on_device
+from worldvln_edge.runtime.sessions.session_events import WorkedAhead
 from worldvln_edge.runtime.sessions.session_table import SessionTable
 
 _log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class AheadWorker:
             try:
                 while session.has_more_ahead and not ticket.is_cancelled:
                     session.has_more_ahead = await on_device(self._device, step, ticket=ticket, priority=math.inf)
+                    session.events.tell(WorkedAhead(uid=session.uid, has_more=session.has_more_ahead))
             except ProtocolError as error:  # it was logged; the next request does the work, or meets the same fault
                 session.has_more_ahead = error.code == "cancelled"
                 _log.debug("work ahead of session was left out: %s", error)

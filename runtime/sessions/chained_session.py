@@ -52,6 +52,7 @@ class ChainedSession:
         self._one = policy.info.horizon
         self._whole = chained_horizon(self._one, horizons)
         self._prompt, self._seed, self._negative_prompt, self._emit = prompt, seed, negative_prompt, emit
+        self._profile: str | None = None  # the policy's own
         self._index = 0
         self._current = self._open()
         self._anchor: np.ndarray | None = None  # newest frame
@@ -130,9 +131,12 @@ class ChainedSession:
         self._current, self._index = following, self._index + 1
 
     def _open(self) -> PolicySession:
-        return self._policy.new_session(
+        session = self._policy.new_session(
             self._prompt, seed=self._seed, negative_prompt=self._negative_prompt, emit=self._emit
         )
+        if self._profile is not None:
+            session.set_profile(self._profile)
+        return session
 
     def least_s(self, new_frames: int = 0, *, with_new_settings: bool = False) -> float | None:
         """See `PolicySession.least_s`; not known for the first segment of a horizon that has not begun."""
@@ -141,6 +145,10 @@ class ChainedSession:
     def work_ahead(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """See `PolicySession.work_ahead`."""
         return self._current.work_ahead(should_stop)
+
+    def predicted_frames(self, should_stop: Callable[[], bool] = lambda: False) -> np.ndarray | None:
+        """See `PolicySession.predicted_frames`; None until the running horizon has emitted a segment."""
+        return self._current.predicted_frames(should_stop)
 
     def set_prompt(self, prompt: str) -> None:
         """Replace the prompt for the segments still to come, in this horizon and the following ones."""
@@ -156,6 +164,11 @@ class ChainedSession:
         """Replace the seed likewise."""
         self._seed = seed
         self._current.set_seed(seed)
+
+    def set_profile(self, name: str) -> None:
+        """Replace the generation profile likewise."""
+        self._current.set_profile(name)
+        self._profile = name
 
     def close(self) -> None:
         self._anchor = None

@@ -12,6 +12,7 @@ import asyncio
 import itertools
 import math
 import statistics
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
@@ -108,6 +109,13 @@ class DeviceQueue:
         self._had_s: dict[Hashable, float] = {}
         self._clock = clock
         self._recent_s: deque[float] = deque(maxlen=16)
+        self._started_s: dict[int, float] = {}  # of what is on a thread now, by thread
+
+    @property
+    def running_s(self) -> float:
+        """How long the longest piece of work is on a thread now, 0 without any. May be read from any thread."""
+        started = min(tuple(self._started_s.values()), default=None)
+        return 0.0 if started is None else self._clock() - started
 
     @property
     def running(self) -> int:
@@ -162,9 +170,11 @@ class DeviceQueue:
         def timed() -> T:
             nonlocal took_s
             start = self._clock()
+            self._started_s[threading.get_ident()] = start
             try:
                 return work()
             finally:
+                del self._started_s[threading.get_ident()]
                 took_s = self._clock() - start
 
         def done(_: object) -> None:

@@ -22,6 +22,7 @@ from worldvln_edge.runtime.sessions.device_queue import Ticket
 from worldvln_edge.runtime.sessions.live_session import LiveSession
 from worldvln_edge.runtime.sessions.observation import Inferred, ObservationRunner, stage_times
 from worldvln_edge.runtime.sessions.policy import ActionChunk
+from worldvln_edge.runtime.sessions.session_events import SentFrame
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,10 @@ class FrameBatch(Protocol):
         Raises:
             ProtocolError: `bad_image`, `too_large`, `overloaded`; see `frame_decoding.decode_each`.
         """
+        ...
+
+    def sent(self, new: slice) -> list[SentFrame]:
+        """The frames in `new` as they came."""
         ...
 
 
@@ -177,7 +182,7 @@ class ImplicitCallRunner:
                 session = await open_session()
             elif repeated is None:
                 _replace_settings(session, call)
-            session.store_frames(frames, arrived_s)
+            session.store_frames(frames, arrived_s, sent=call.frames.sent(slice(skip, skip + len(frames))))
         found = Inferred()
         if repeated is not None:
             found = Inferred(repeated, is_late=deadline_s is not None and _now() > deadline_s)

@@ -64,6 +64,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, tag="settings"):
     prompt: str
     seed: int
     negative_prompt: str
+    is_held: bool = False
+    """An operator holds the drone."""
+    said_prompt: str | None = None
+    """As the client said it last, where `prompt` is an operator's."""
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True, tag="segment"):

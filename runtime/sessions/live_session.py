@@ -6,8 +6,10 @@ Source: spec/session_protocol.md 2.5, 7.4.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +19,14 @@ from worldvln_edge.protocol import Bye, SessionPhase, SessionState
 from worldvln_edge.runtime.sessions.device_queue import Ticket
 from worldvln_edge.runtime.sessions.journal_records import FramesSent, Settings, frames_records, segment_record
 from worldvln_edge.runtime.sessions.policy import ActionChunk, PolicySession
+from worldvln_edge.runtime.sessions.session_events import (
+    FramesStored,
+    Pose,
+    SegmentEmitted,
+    SentFrame,
+    SessionEvents,
+    SettingsReplaced,
+)
 from worldvln_edge.runtime.sessions.session_journal import SessionLog
 
 SessionKey = tuple[str, str]
@@ -44,7 +54,11 @@ class LiveSession:
     """Stored frames that the policy has not taken yet: a deadline passed, or a resend was answered from `chunks`."""
     waiting_bytes: int = 0
     prompt: str = ""
-    """As the client said it last."""
+    """What is flown: as the client said it last, or an operator after it."""
+    said_prompt: str | None = None
+    """As the client said it last, where an operator said something else since; it may repeat it without effect."""
+    is_held: bool = False
+    """An operator holds the drone: segments are answered as standstills."""
     next_prompt: str | None = None
     """What the policy session does not know yet; so the next two."""
     next_negative_prompt: str | None = None
@@ -73,6 +87,13 @@ class LiveSession:
     """Its journal, where there is one."""
     held_bytes: int = 0
     """What a done session still holds; written by the thread that flew its last segment."""
+    events: SessionEvents = field(default_factory=SessionEvents)
+    """Is told what happens to it."""
+    uid: str = field(default_factory=lambda: secrets.token_hex(8))
+    """In events."""
+    _is_advancing: bool = False
+    _steered_prompt: str | None = None
+    """An operator said it while the session was advancing."""
 
     def __post_init__(self) -> None:
         self.refresh()
@@ -91,49 +112,122 @@ class LiveSession:
     ) -> None:
         """What the client says of the segments still to come; None leaves it as it is."""
         before = (self.prompt, self.negative_prompt, self.seed)
-        if prompt is not None and prompt != self.prompt:
+        if prompt == self.prompt:
+            self.said_prompt = None  # the client says what the operator said: they agree again
+        elif prompt is not None and prompt != self.said_prompt:
             self.prompt = self.next_prompt = prompt
+            self.said_prompt = None
         if negative_prompt is not None and negative_prompt != self.negative_prompt:
             self.negative_prompt = self.next_negative_prompt = negative_prompt
         if seed is not None and seed != self.seed:
             self.seed = self.next_seed = seed
-        if self.log is not None and before != (self.prompt, self.negative_prompt, self.seed):
-            self.log.add(Settings(prompt=self.prompt, seed=self.seed, negative_prompt=self.negative_prompt))
+        if before != (self.prompt, self.negative_prompt, self.seed):
+            self._settings_replaced()
+
+    def steer(self, *, prompt: str | None = None, hold: bool | None = None) -> None:
+        """What an operator says of the segments still to come; None leaves it as it is.
+
+        A hold takes effect at once, on the segment that is on its way, too; a prompt with the segment behind it. Unlike
+        everything else, this comes without the session's turn.
+        """
+        before = (self.prompt, self.is_held)
+        if hold is not None:
+            self.is_held = hold
+        if prompt is not None and self._is_advancing:
+            self._steered_prompt = prompt
+        elif prompt is not None and prompt != self.prompt:
+            if self.said_prompt is None:
+                self.said_prompt = self.prompt
+            self.prompt = self.next_prompt = prompt
+        if before != (self.prompt, self.is_held):
+            self._settings_replaced()
+
+    @contextmanager
+    def advancing(self) -> Iterator[None]:
+        """A thread may be inside the policy session, and told the settings as they are; new prompts wait.
+
+        Otherwise one that came in between would be lost, or told to watchers in front of a segment that it is not in.
+        """
+        self._is_advancing = True
+        try:
+            yield
+        finally:
+            self._is_advancing = False
+            prompt, self._steered_prompt = self._steered_prompt, None
+            self.steer(prompt=prompt)
+
+    def _settings_replaced(self) -> None:
+        prompt, seed, negative_prompt, is_held = self.prompt, self.seed, self.negative_prompt, self.is_held
+        if self.log is not None:
+            self.log.add(Settings(prompt=prompt, seed=seed, negative_prompt=negative_prompt, is_held=is_held))
+        self.events.tell(
+            SettingsReplaced(uid=self.uid, prompt=prompt, seed=seed, negative_prompt=negative_prompt, is_held=is_held)
+        )
 
     @property
     def has_new_settings(self) -> bool:
         """Is there something that the policy session does not know yet?"""
         return (self.next_prompt, self.next_negative_prompt, self.next_seed) != (None, None, None)
 
-    def store_frames(self, frames: list[np.ndarray], arrived_s: float, t_ns: list[int] | None = None) -> None:
+    def store_frames(
+        self,
+        frames: list[np.ndarray],
+        arrived_s: float,
+        *,
+        sent: Sequence[SentFrame],
+        t_ns: list[int] | None = None,
+        poses: Sequence[Pose] | None = None,
+    ) -> None:
         """Keep decoded frames until the policy takes them. Called on the event loop.
 
         Args:
             frames: uint8 [H, W, 3] each.
             arrived_s: event-loop time at which they reached the server.
+            sent: the same ones as they came.
             t_ns: when they were captured, by the client's clock.
+            poses: where they were captured.
         """
+        if not frames:
+            return
+        age_s = asyncio.get_running_loop().time() - arrived_s
         if t_ns is not None:
             self.capture_ns.update(enumerate(t_ns, start=self.frames + 1))
         if self.log is not None:
-            age_s = asyncio.get_running_loop().time() - arrived_s
             self.log.add(*frames_records(frames, t_ns, arrived_s=time.time() - age_s))
-        self.arrived_s.update({self.frames + 1 + index: arrived_s for index in range(len(frames))})
+        first = self.frames + 1
+        self.arrived_s.update({first + index: arrived_s for index in range(len(frames))})
         self.waiting_frames.extend(frames)
         self.waiting_bytes += sum(frame.nbytes for frame in frames)
+        self.events.tell(
+            FramesStored(
+                uid=self.uid, first=first, sent=sent, frames=tuple(frames), age_s=age_s, t_ns=t_ns, poses=poses
+            )
+        )
 
-    def store_chunk(self, chunk: ActionChunk, answers: FramesSent | None = None) -> None:
+    def store_chunk(
+        self,
+        chunk: ActionChunk,
+        answers: FramesSent | None = None,
+        *,
+        made: ActionChunk,
+        device_s: float,
+        late_s: float | None,
+    ) -> None:
         """Keep what is answered from now on for that segment.
 
         Args:
             chunk: of the segment that the policy emitted.
             answers: the call that it answers, if that may be repeated.
+            made: the chunk as the policy gave it.
+            device_s: what it took.
+            late_s: how long after its deadline it is; None: it is not.
         """
         self.chunks[chunk.segment] = chunk
         if answers is not None:
             self.last_call = (answers, chunk.segment)
         if self.log is not None:
             self.log.add(segment_record(chunk, answers))
+        self.events.tell(SegmentEmitted(uid=self.uid, chunk=chunk, made=made, device_s=device_s, late_s=late_s))
 
     def flown_before(self, segment: int, steps: int) -> np.ndarray:
         """The last actions that were answered in front of a segment, at least so many if there are: float32 [M, 6]."""

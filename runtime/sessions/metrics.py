@@ -6,6 +6,7 @@ Every server has a registry of its own; nothing is global. Names begin with `wor
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
@@ -16,6 +17,22 @@ from worldvln_edge.runtime.sessions.policy import ActionChunk, PolicyInfo
 from worldvln_edge.runtime.sessions.process_memory import resident_bytes
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class RecorderState(Protocol):
+    """What a flight recorder says of itself."""
+
+    @property
+    def is_recording(self) -> bool: ...
+
+    @property
+    def written_bytes(self) -> int: ...
+
+    @property
+    def lost_frames(self) -> int: ...
+
+    @property
+    def lost_events(self) -> int: ...
 
 
 class ServerMetrics:
@@ -73,6 +90,24 @@ class ServerMetrics:
         self._sessions.set_function(sessions)
         self._queue.set_function(queue)
         self._ready.set_function(is_ready)
+
+    def watch_recorder(self, recorder: RecorderState) -> None:
+        """Ask the recorder, too, whenever somebody reads the metrics."""
+        registry = self._registry
+        Gauge(
+            "worldvln_recording",
+            "1 while flights are recorded, 0 once that has stopped (see the log).",
+            registry=registry,
+        ).set_function(lambda: recorder.is_recording)
+        Gauge("worldvln_recorded_bytes", "Written to recordings since the start.", registry=registry).set_function(
+            lambda: recorder.written_bytes
+        )
+        Gauge(
+            "worldvln_recorder_lost_frames", "Frames that came faster than they could be written.", registry=registry
+        ).set_function(lambda: recorder.lost_frames)
+        Gauge("worldvln_recorder_lost_events", "The same, of events of any kind.", registry=registry).set_function(
+            lambda: recorder.lost_events
+        )
 
     def segment(self, chunk: ActionChunk, seconds: float) -> None:
         """See `Meter.segment`."""

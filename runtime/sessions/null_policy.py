@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from worldvln_edge.config import HorizonConfig
+from worldvln_edge.config import ConfigError, HorizonConfig
+from worldvln_edge.generation_profile import EXACT
 from worldvln_edge.images import check_rgb
 from worldvln_edge.runtime.sessions.available_memory import available_bytes
 from worldvln_edge.runtime.sessions.policy import (
@@ -127,6 +128,10 @@ class NullSession:
         """Nothing is prepared."""
         return False
 
+    def predicted_frames(self, should_stop: Callable[[], bool] = lambda: False) -> np.ndarray | None:
+        """Nothing is predicted."""
+        return None
+
     def set_prompt(self, prompt: str) -> None:
         self.prompt = prompt
 
@@ -135,6 +140,11 @@ class NullSession:
 
     def set_seed(self, seed: int) -> None:
         self._seed = seed
+
+    def set_profile(self, name: str) -> None:
+        """Nothing is generated, so all that there is is `exact`."""
+        if name != EXACT:
+            raise ConfigError(f"unknown profile {name!r}; the null policy has {EXACT} only")
 
     @property
     def need(self) -> int:

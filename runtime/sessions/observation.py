@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -26,10 +27,15 @@ from worldvln_edge.runtime.sessions.live_session import LiveSession
 from worldvln_edge.runtime.sessions.meter import Meter
 from worldvln_edge.runtime.sessions.policy import ActionChunk, NonFiniteActionsError, Policy, TooLateError
 from worldvln_edge.runtime.sessions.policy_calls import internal_error, on_device
+from worldvln_edge.runtime.sessions.session_events import FramesTaken, SentFrame
 from worldvln_edge.runtime.sessions.session_table import SessionTable
 
 PATIENCE_S = 10.0
 """A request without a deadline is ranked as if it had this one, so it is never starved."""
+
+
+OPERATOR_HOLD = "operator"
+"""Reason of a hold that an operator asked for, beside those of the envelope."""
 
 
 class Inferred(NamedTuple):
@@ -122,7 +128,14 @@ class ObservationRunner:
         if not request.frames[new]:
             return
         async with self.decoded(lambda room: decode_frames(request, new, self._limits, room_bytes=room)) as frames:
-            session.store_frames(frames, arrived_s, None if request.t_ns is None else request.t_ns[new])
+            raw_hw = (request.h or 0, request.w or 0) if request.fmt == "rgb8" else None
+            session.store_frames(
+                frames,
+                arrived_s,
+                sent=[SentFrame(data, raw_hw) for data in request.frames[new]],
+                t_ns=None if request.t_ns is None else request.t_ns[new],
+                poses=None if request.poses is None else request.poses[new],
+            )
 
     @asynccontextmanager
     async def decoded(self, decode: Callable[[int], list[np.ndarray]]) -> AsyncIterator[list[np.ndarray]]:
@@ -168,6 +181,12 @@ class ObservationRunner:
         Raises:
             ProtocolError: `deadline`, `cancelled`, `nonfinite_actions`, `internal`; the frames stay stored.
         """
+        with session.advancing():
+            return await self._infer(session, ticket, deadline_s, answers)
+
+    async def _infer(
+        self, session: LiveSession, ticket: Ticket, deadline_s: float | None, answers: FramesSent | None
+    ) -> Inferred:
         will_emit = session.need == 0
         start_by = deadline_s
         least_s = session.policy_session.least_s(
@@ -176,17 +195,21 @@ class ObservationRunner:
         needs_s = self.estimate.seconds if least_s is None else least_s * self.estimate.trust
         if deadline_s is not None and will_emit:
             start_by = deadline_s - needs_s
-        took_s = 0.0
+        took_s, was_called = 0.0, False
         due_s = None if deadline_s is None else time.perf_counter() + deadline_s - _now()
 
         def step() -> ActionChunk | None:
-            nonlocal took_s
+            nonlocal took_s, was_called
+            was_called = True
             started = time.perf_counter()
             budget_s = None if due_s is None else due_s - started
-            chunk = _advance(session, budget_s, lambda: ticket.is_cancelled, may_hold=self._envelope is not None)
+            chunk = _advance(
+                session, budget_s, lambda: ticket.is_cancelled, may_hold=self._envelope is not None or session.is_held
+            )
             took_s = time.perf_counter() - started
             return chunk
 
+        chunk: ActionChunk | None = None
         try:
             chunk = await on_device(
                 self._device,
@@ -208,16 +231,23 @@ class ObservationRunner:
             raise ProtocolError("deadline", f"needs about {retry_ms} ms", retry_ms=retry_ms) from None
         finally:
             session.refresh()
+            if chunk is None and was_called:
+                session.events.tell(FramesTaken(uid=session.uid, frames=session.frames_seen))
         if chunk is None:
             return Inferred(seconds=took_s)
         now_s = _now()
         late_s = now_s - deadline_s if deadline_s is not None and now_s > deadline_s else None
         if not chunk.was_ready:
             self.estimate.add(took_s)
-        self._check_shape(session, chunk)
-        chunk = self._within_envelope(session, chunk, late_s)
+        made = chunk
+        try:
+            self._check_shape(session, made)
+            chunk = self._within_envelope(session, made, late_s)
+        except ProtocolError:
+            session.events.tell(FramesTaken(uid=session.uid, frames=session.frames_seen))
+            raise
         self._meter.segment(chunk, took_s)
-        session.store_chunk(chunk, answers)
+        session.store_chunk(chunk, answers, made=made, device_s=took_s, late_s=late_s)
         if session.still_steps is not None:
             session.still_steps = self.settled.after(chunk, session.still_steps)
         return Inferred(chunk, took_s, late_s is not None)
@@ -232,6 +262,8 @@ class ObservationRunner:
 
     def _within_envelope(self, session: LiveSession, chunk: ActionChunk, late_s: float | None) -> ActionChunk:
         """The chunk, or a hold in its place; without an envelope, actions must be finite all the same."""
+        if session.is_held:
+            return replace(chunk, actions=np.zeros_like(chunk.actions), hold=OPERATOR_HOLD)
         now_s, rests_on = _now(), session.horizon.points[chunk.segment]
         if self._envelope is None:
             if not np.isfinite(chunk.actions).all():

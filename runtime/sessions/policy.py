@@ -153,6 +153,18 @@ class PolicySession(Protocol):
         """
         ...
 
+    def predicted_frames(self, should_stop: Callable[[], bool] = lambda: False) -> np.ndarray | None:
+        """What the policy expects to see in the last segment: uint8 RGB [F, H, W, 3]; None where it cannot say.
+
+        Args:
+            should_stop: asked between steps; somebody wants the device for a flight.
+
+        Raises:
+            StoppedError: `should_stop` said so; asked again, it goes on.
+            Exception: whatever an engine raises; the session stays usable.
+        """
+        ...
+
     def set_prompt(self, prompt: str) -> None:
         """Replace the prompt for the segments still to come."""
         ...
@@ -163,6 +175,14 @@ class PolicySession(Protocol):
 
     def set_seed(self, seed: int) -> None:
         """Replace the seed for the segments still to come."""
+        ...
+
+    def set_profile(self, name: str) -> None:
+        """Replace the generation profile for the segments still to come.
+
+        Raises:
+            ConfigError: the policy has none of that name.
+        """
         ...
 
     @property

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 
 import msgspec
+import numpy as np
 
 from worldvln_edge.protocol import UNSET, Actions, Bye, Limits, Observe, ProtocolError, SessionState, Start
 from worldvln_edge.runtime.sessions.admission import Admission
@@ -29,7 +32,16 @@ from worldvln_edge.runtime.sessions.memory_budget import plan_budget
 from worldvln_edge.runtime.sessions.meter import Meter, NoMeter
 from worldvln_edge.runtime.sessions.observation import ObservationRunner
 from worldvln_edge.runtime.sessions.policy import Policy
+from worldvln_edge.runtime.sessions.policy_calls import on_device
 from worldvln_edge.runtime.sessions.request_rate import RequestRate
+from worldvln_edge.runtime.sessions.session_events import (
+    RequestAnswered,
+    RequestRefused,
+    SessionClosed,
+    SessionEnd,
+    SessionEvents,
+    SessionResumed,
+)
 from worldvln_edge.runtime.sessions.session_journal import SessionJournal
 from worldvln_edge.runtime.sessions.session_opening import SessionOpener, SessionStart
 from worldvln_edge.runtime.sessions.session_table import SessionTable
@@ -66,6 +78,7 @@ class SessionManager:
         meter: is told what happens.
         envelope: what may be flown; None: actions are answered as the policy gives them.
         journal: where sessions are kept beyond the end of this process; closed with the manager. None: nowhere.
+        events: is told what happens to sessions; `events` of the manager.
         settled: when a chained session says that the drone has arrived; None: UAV-Flow's rule.
         clock: seconds for idle times; monotonic.
 
@@ -85,6 +98,7 @@ class SessionManager:
         envelope: EnvelopeConfig | None = None,
         settled: SettledRule | None = None,
         journal: SessionJournal | None = None,
+        events: SessionEvents | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.policy = policy
@@ -94,6 +108,7 @@ class SessionManager:
         )
         self.limits = msgspec.structs.replace(limits, max_stored_bytes=self.budget.frames_bytes)
         self.meter: Meter = meter or NoMeter()
+        self.events = events or SessionEvents()
         self.request_rate = RequestRate(self.limits)
         self._is_closed = False
         self._journal = journal
@@ -112,7 +127,9 @@ class SessionManager:
             settled,
         )
         self._admission = Admission(self.limits, self._device, device_workers, self._observations.estimate, self.meter)
-        self._opener = SessionOpener(policy, self._device, self._table, journal, self._observations.settled, clock)
+        self._opener = SessionOpener(
+            policy, self._device, self._table, journal, self._observations.settled, clock, self.events
+        )
         self._calls = ImplicitCallRunner(policy.info.horizon, self._observations)
         self._ahead = AheadWorker(self._device, self._table)
 
@@ -130,6 +147,11 @@ class SessionManager:
     def queue(self) -> int:
         """Requests that wait for their turn, for decoding or for the device."""
         return self._admission.waiting
+
+    @property
+    def device_work_s(self) -> float:
+        """How long the longest piece of device work runs now, 0 without any."""
+        return self._device.running_s
 
     async def start(
         self, peer: str, request: Start, *, ticket: Ticket | None = None, notify: Callable[[Bye], None] | None = None
@@ -155,6 +177,8 @@ class SessionManager:
                 restored = await self._opener.restore(key, ticket)
                 session = restored or self._table.get(key)
                 session.notify = notify
+                if restored is None:
+                    self.events.tell(SessionResumed(uid=session.uid))
                 if restored or session.has_more_ahead:
                     self._ahead.begin(session)
             else:
@@ -179,6 +203,41 @@ class SessionManager:
             raise ProtocolError("invalid_field", f"max_horizons must be 1..{most}, found {request.max_horizons}")
         return request.max_horizons or most
 
+    def steer(self, peer: str, uid: str, *, prompt: str | None = None, hold: bool | None = None) -> None:
+        """An operator's word for the segments still to come of a session; None leaves things as they are.
+
+        Args:
+            peer: as for `start`.
+            uid: of the session, from its events.
+            prompt: instruction; stays until the client says one that it did not say before.
+            hold: True answers every segment as a standstill, False flies again.
+
+        Raises:
+            ProtocolError: `unknown_session`.
+        """
+        session = self._table.of_uid(peer, uid)
+        self._ahead.stop(session.key)
+        session.steer(prompt=prompt, hold=hold)
+
+    async def predicted_frames(self, peer: str, uid: str, *, ticket: Ticket | None = None) -> np.ndarray | None:
+        """What the policy expects to see in a session's last segment, once nobody else wants the device.
+
+        Returns:
+            uint8 RGB [F, H, W, 3]; None where it cannot say.
+
+        Raises:
+            ProtocolError: `unknown_session`, `cancelled`, `internal`.
+        """
+        ticket = ticket or Ticket()
+        while True:
+            ask = self._table.of_uid(peer, uid).policy_session.predicted_frames
+            work = partial(ask, lambda: ticket.is_cancelled or self._device.is_wanted)
+            try:
+                return await on_device(self._device, work, ticket=ticket, priority=math.inf)
+            except ProtocolError as error:
+                if error.code != "cancelled" or ticket.is_cancelled:
+                    raise
+
     async def call(
         self, peer: str, call: ImplicitCall, *, ticket: Ticket | None = None, arrived_s: float | None = None
     ) -> ImplicitAnswer:
@@ -196,7 +255,7 @@ class SessionManager:
         arrived_s = self._now() if arrived_s is None else arrived_s
         key, ticket = (peer, call.session), ticket or Ticket()
         self._ahead.stop(key)
-        async with self._admission.admit(), self._short_queue(key), self._table.turn(key):
+        async with self._refusals_told(key), self._admission.admit(), self._short_queue(key), self._table.turn(key):
             restored = None if call.starts_afresh else await self._opener.restore(key, ticket)
             before = restored or self._table.use(key)
             start = SessionStart(
@@ -217,6 +276,17 @@ class SessionManager:
                 session = self._table.use(key)
                 await _written(session)
             self.meter.answered(answer.ms, is_late=answer.is_late, hold=answer.hold)
+            if session is not None:
+                self.events.tell(
+                    RequestAnswered(
+                        uid=session.uid,
+                        segment=-1 if answer.chunk is None else answer.chunk.segment,
+                        frames=answer.frames,
+                        ms=answer.ms,
+                        is_late=answer.is_late,
+                        hold=answer.hold,
+                    )
+                )
             if session is not None and (session is not before or answer.chunk is not None or session.has_more_ahead):
                 self._ahead.begin(session)
             return answer
@@ -252,13 +322,24 @@ class SessionManager:
         arrived_s = self._now() if arrived_s is None else arrived_s
         key = (peer, request.session)
         self._ahead.stop(key)
-        async with self._admission.admit(), self._table.turn(key):
+        async with self._refusals_told(key), self._admission.admit(), self._table.turn(key):
             session = self._table.get(key)
             session.notify = notify or session.notify
             try:
                 answer = await self._observations.run(session, request, ticket or Ticket(), arrived_s)
                 hold = None if answer.hold is UNSET else answer.hold
-                self.meter.answered(answer.ms, is_late=answer.late is True, hold=hold)
+                is_late = answer.late is True
+                self.meter.answered(answer.ms, is_late=is_late, hold=hold)
+                self.events.tell(
+                    RequestAnswered(
+                        uid=session.uid,
+                        segment=answer.seg,
+                        frames=answer.frames,
+                        ms=answer.ms,
+                        is_late=is_late,
+                        hold=hold,
+                    )
+                )
                 if answer.seg >= 0 or session.has_more_ahead:
                     self._ahead.begin(session)
                 return answer
@@ -274,7 +355,7 @@ class SessionManager:
         key = (peer, session)
         self._ahead.stop(key)
         async with self._table.turn(key):
-            ended = self._table.remove(key)
+            ended = self._table.remove(key, "ended")
             if self._journal is not None:
                 await asyncio.wrap_future(self._journal.forget(key))
             return _ended(session, re) if ended is None else ended.state(re, "ended")
@@ -331,7 +412,27 @@ class SessionManager:
     def _now() -> float:
         return asyncio.get_running_loop().time()
 
-    def _free(self, session: LiveSession) -> None:
+    @asynccontextmanager
+    async def _refusals_told(self, key: SessionKey) -> AsyncIterator[None]:
+        """Tell watchers of a request that is refused, wherever that happens, if its session exists."""
+        try:
+            yield
+        except ProtocolError as error:
+            session = self._table.find(key)
+            if session is not None:
+                self.events.tell(RequestRefused(uid=session.uid, code=error.code, message=error.msg))
+            raise
+
+    def _free(self, session: LiveSession, reason: SessionEnd) -> None:
+        self.events.tell(
+            SessionClosed(
+                uid=session.uid,
+                reason=reason,
+                frames=session.frames,
+                emitted=session.emitted,
+                is_done=session.is_done,
+            )
+        )
         if self._journal is not None and not self._is_closed:  # after a restart, sessions are wanted again
             self._journal.forget(session.key)
         session.waiting_frames.clear()

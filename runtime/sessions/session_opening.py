@@ -22,6 +22,7 @@ from worldvln_edge.runtime.sessions.live_session import LiveSession, SessionKey
 from worldvln_edge.runtime.sessions.observation import PATIENCE_S
 from worldvln_edge.runtime.sessions.policy import Emit, Policy, PolicySession
 from worldvln_edge.runtime.sessions.policy_calls import on_device
+from worldvln_edge.runtime.sessions.session_events import SessionEvents, SessionOpened
 from worldvln_edge.runtime.sessions.session_journal import SessionJournal, SessionLog
 from worldvln_edge.runtime.sessions.session_table import SessionTable
 
@@ -60,6 +61,7 @@ class SessionOpener:
         journal: that they are kept in; None: nowhere.
         settled: when a chained session has arrived.
         clock: seconds for idle times; monotonic.
+        events: is told of every session that opens, and then of what happens to it.
     """
 
     def __init__(
@@ -70,9 +72,10 @@ class SessionOpener:
         journal: SessionJournal | None,
         settled: SettledRule,
         clock: Callable[[], float],
+        events: SessionEvents,
     ):
         self._policy, self._device, self._table, self._journal = policy, device, table, journal
-        self._settled, self._clock = settled, clock
+        self._settled, self._clock, self._events = settled, clock, events
         info = policy.info
         self._policy_name = " ".join(
             str(part) for part in (info.name, info.precision, info.image_hw, info.horizon, info.weights) if part
@@ -97,11 +100,15 @@ class SessionOpener:
             if ticket.is_cancelled:
                 self.close_later(policy_session)
                 raise ProtocolError("cancelled", "cancelled; no session was started")
+            replaced = self._table.find(key)
             session = self._add(key, start, policy_session)
         session.notify = notify
         if self._journal is not None:
             session.log = SessionLog(self._journal, key)
             session.log.open(self._opening(key, start))
+        self._tell_opened(session, start)
+        if replaced is not None and replaced.is_held:  # whoever holds a drone lets it go: a client cannot
+            session.steer(hold=True)
         return session
 
     async def restore(self, key: SessionKey, ticket: Ticket) -> LiveSession | None:
@@ -142,6 +149,7 @@ class SessionOpener:
         self._go_on(session, recorded)
         session.log = SessionLog(self._journal, key)
         session.log.go_on(recorded)
+        self._tell_opened(session, start, recorded)
         return session
 
     def close_later(self, session: PolicySession) -> None:
@@ -181,9 +189,27 @@ class SessionOpener:
             prompt=start.prompt,
             negative_prompt=start.negative_prompt,
             reply=start.reply,
+            events=self._events,
         )
         self._table.add(session)
         return session
+
+    def _tell_opened(self, session: LiveSession, start: SessionStart, recorded: RecordedSession | None = None) -> None:
+        self._events.tell(
+            SessionOpened(
+                uid=session.uid,
+                key=session.key,
+                prompt=start.prompt,
+                negative_prompt=start.negative_prompt,
+                seed=start.seed,
+                emit=start.emit,
+                horizons=start.horizons,
+                horizon=session.horizon,
+                restored_frames=() if recorded is None else tuple(recorded.frames),
+                restored_emitted=-1 if recorded is None else recorded.emitted,
+                is_held=session.is_held,
+            )
+        )
 
     def _opening(self, key: SessionKey, start: SessionStart) -> Opening:
         return Opening(
@@ -203,6 +229,7 @@ class SessionOpener:
         now_s, unix_s = asyncio.get_running_loop().time(), time.time()
         session.chunks, session.capture_ns = dict(recorded.chunks), dict(recorded.capture_ns)
         session.last_call = recorded.last_call
+        session.is_held, session.said_prompt = recorded.settings.is_held, recorded.settings.said_prompt
         # The clock of the machine may have been set back since; no frame comes from the future.
         ages_s = [max(0.0, unix_s - arrived_s) for arrived_s in recorded.arrived_s]
         session.arrived_s = {index: now_s - age_s for index, age_s in enumerate(ages_s, start=1)}

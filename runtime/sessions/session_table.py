@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 from worldvln_edge.protocol import Bye, Limits, ProtocolError
 from worldvln_edge.runtime.sessions.live_session import LiveSession, SessionKey
 from worldvln_edge.runtime.sessions.memory_budget import MemoryBudget, in_units
+from worldvln_edge.runtime.sessions.session_events import SessionEnd
 
 
 class SessionTable:
@@ -22,7 +23,7 @@ class SessionTable:
         limits: counts and times.
         budget: bytes.
         clock: seconds, monotonic.
-        on_drop: called with every session that leaves the table, to free what it holds.
+        on_drop: called with every session that leaves the table, and why, to free what it holds.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class SessionTable:
         *,
         budget: MemoryBudget,
         clock: Callable[[], float],
-        on_drop: Callable[[LiveSession], None],
+        on_drop: Callable[[LiveSession, SessionEnd], None],
     ):
         self._limits, self._budget, self._clock, self._on_drop = limits, budget, clock, on_drop
         self._sessions: dict[SessionKey, LiveSession] = {}
@@ -63,6 +64,13 @@ class SessionTable:
     def users(self, key: SessionKey) -> int:
         """Requests that hold the session's turn or wait for it."""
         return self._turns[key][1] if key in self._turns else 0
+
+    def of_uid(self, peer: str, uid: str) -> LiveSession:
+        """A peer's session by the name that its events carry. Raises ProtocolError `unknown_session`."""
+        for session in self._sessions.values():
+            if session.uid == uid and session.key[0] == peer:
+                return session
+        raise ProtocolError("unknown_session", "there is no such session, or it has ended")
 
     def find(self, key: SessionKey) -> LiveSession | None:
         return self._sessions.get(key)
@@ -175,19 +183,19 @@ class SessionTable:
 
     def add(self, session: LiveSession) -> None:
         """Put a session in; one of the same key is replaced and freed."""
-        self.remove(session.key)
+        self.remove(session.key, "replaced")
         self._sessions[session.key] = session
 
-    def remove(self, key: SessionKey) -> LiveSession | None:
+    def remove(self, key: SessionKey, reason: SessionEnd) -> LiveSession | None:
         """Take a session out and free it; None if there is none."""
         session = self._sessions.get(key)
         if session is not None:
             del self._sessions[key]
-            self._on_drop(session)
+            self._on_drop(session, reason)
         return session
 
     def _drop(self, session: LiveSession) -> None:
-        self.remove(session.key)
+        self.remove(session.key, "expired")
         if session.notify is not None:
             session.notify(Bye(reason="expired", session=session.key[1]))
 
@@ -206,4 +214,4 @@ class SessionTable:
     def clear(self) -> None:
         """Free every session."""
         for key in list(self._sessions):
-            self.remove(key)
+            self.remove(key, "shutdown")

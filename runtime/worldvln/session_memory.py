@@ -48,6 +48,8 @@ class SessionMemory(msgspec.Struct, frozen=True, kw_only=True):
     """Codes of the last segment's clips, and patch tokens of the frames before the next one."""
     speculation: int = 0
     """The next segment on its way, and what it goes on from."""
+    preview: int = 0
+    """Convolution states behind the predicted frames, and those frames, where people look at them."""
 
     @property
     def total(self) -> int:
@@ -63,6 +65,7 @@ class SessionSizes:
     token_itemsize: int  # of the adapter's patch tokens
     encoder_state_bytes: int
     decoder_state_bytes: int
+    pixel_state_bytes: int = 0
 
     @classmethod
     def of_bundle(cls, manifest: Manifest) -> SessionSizes:
@@ -74,23 +77,32 @@ class SessionSizes:
             token_itemsize=_input_itemsize(manifest, graphs.ACTION_HEAD, "tokens"),
             encoder_state_bytes=_state_bytes(manifest, graphs.VAE_ENCODER),
             decoder_state_bytes=_state_bytes(manifest, graphs.VAE_DECODER),
+            pixel_state_bytes=_state_bytes(manifest, graphs.VAE_PIXELS),
         )
 
 
-def bundle_session_memory(manifest: Manifest, *, speculates: bool = False) -> SessionMemory:
+def bundle_session_memory(
+    manifest: Manifest, *, speculates: bool = False, shows_predictions: bool = False
+) -> SessionMemory:
     """The bound of a bundle's sessions; see `session_memory`."""
-    return session_memory(manifest.model, SessionSizes.of_bundle(manifest), speculates=speculates)
+    sizes = SessionSizes.of_bundle(manifest)
+    return session_memory(manifest.model, sizes, speculates=speculates, shows_predictions=shows_predictions)
 
 
-def session_memory(config: ModelConfig, sizes: SessionSizes, *, speculates: bool = False) -> SessionMemory:
+def session_memory(
+    config: ModelConfig, sizes: SessionSizes, *, speculates: bool = False, shows_predictions: bool = False
+) -> SessionMemory:
     """The most that a session holds between two calls, whatever frames, prompts, profiles and seeds it is sent.
 
     Args:
         config: of the model.
         sizes: of the graphs.
         speculates: segments are generated before their frames are there.
+        shows_predictions: predicted frames are decoded for whoever asks.
     """
-    return _Bound(config, sizes).memory(speculates=speculates)
+    bound = _Bound(config, sizes)
+    memory = bound.memory(speculates=speculates)
+    return msgspec.structs.replace(memory, preview=bound.preview()) if shows_predictions else memory
 
 
 class _Bound:
@@ -121,6 +133,12 @@ class _Bound:
         if not speculates:
             return memory
         return msgspec.structs.replace(memory, speculation=self._speculation(memory))
+
+    def preview(self) -> int:
+        """States of a second decoder and of its pixels, and one segment of pixels."""
+        most_latents = max(sum(clip.frames for clip in segment) for segment in self._segments)
+        picture = most_latents * self._stride * 3 * prod(self._config.image_hw)
+        return self._sizes.decoder_state_bytes + self._sizes.pixel_state_bytes + picture
 
     def _latents(self, frames: int) -> int:
         """Latent frames of that many frames."""
@@ -208,7 +226,9 @@ class _Bound:
 
 def _state_bytes(manifest: Manifest, stem: str) -> int:
     """Convolution states of a streaming VAE part, such as `graphs.VAE_ENCODER`."""
-    entry = manifest.graphs[graphs.first_or_next(stem, False)]
+    entry = manifest.graphs.get(graphs.first_or_next(stem, False))
+    if entry is None:  # a side graph that was not exported
+        return 0
     states = [spec for spec in entry.inputs if spec.name.startswith("state_")]
     return sum(_itemsize(spec.dtype) * prod(int(size) for size in spec.shape) for spec in states)
 

@@ -47,6 +47,8 @@ FLIGHT_GRAPHS = (
     graphs.ACTION_ADAPTER,
     graphs.ACTION_HEAD,
 )
+PREVIEW_GRAPHS = tuple(graphs.first_or_next(graphs.VAE_PIXELS, first) for first in (True, False))
+"""Side graphs that show what a session predicts."""
 """What a flight needs of a bundle's graphs."""
 
 _log = logging.getLogger(__name__)
@@ -116,6 +118,11 @@ class WorldVLNPolicy:
             weights=graphs_sha256(manifest),
         )
 
+    @property
+    def shows_predictions(self) -> bool:
+        """Were the graphs of `PREVIEW_GRAPHS` loaded?"""
+        return all(name in self.engines for name in PREVIEW_GRAPHS)
+
     def new_session(
         self, prompt: str, *, seed: int = 0, negative_prompt: str = "", emit: Emit = "ahead", record: bool = False
     ) -> WorldVLNSession:
@@ -130,7 +137,9 @@ class WorldVLNPolicy:
     @cached_property
     def session_memory(self) -> SessionMemory:
         """What one session holds at most, by what it is."""
-        return bundle_session_memory(self.manifest, speculates=self.speculation is not None)
+        return bundle_session_memory(
+            self.manifest, speculates=self.speculation is not None, shows_predictions=self.shows_predictions
+        )
 
     def available_bytes(self) -> int | None:
         """See `Policy.available_bytes`."""
@@ -170,7 +179,8 @@ class WorldVLNPolicy:
 
         Args:
             tokens_FND: of its frames and the context frames in front of them, in the action head's dtype.
-            observed_frames, next_observed_frames: where the segment starts and ends.
+            observed_frames: where the segment starts.
+            next_observed_frames: where it ends.
         """
         head = self.config.action_decoder
         return segment_actions(
@@ -219,7 +229,9 @@ def load_policy(
         bundle_folder: what `worldvln-edge export` wrote.
         backend: what runs the graphs, see `backends.open_engines`.
         threads: CPU threads per engine call; 0 lets ONNX Runtime choose.
-        profiles, profile, speculation: see `WorldVLNPolicy`.
+        profiles: see `WorldVLNPolicy`.
+        profile: see `WorldVLNPolicy`.
+        speculation: see `WorldVLNPolicy`.
         side_graphs: to load besides those that a flight needs.
         also: other exports of the same checkpoint, whose world model's steps profiles may use by their precision.
 

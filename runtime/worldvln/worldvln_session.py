@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from worldvln_edge.generation_profile import find_profile
 from worldvln_edge.runtime.engines.engine import Tensor
 from worldvln_edge.runtime.sessions.policy import (
     ActionChunk,
@@ -25,6 +26,7 @@ from worldvln_edge.runtime.sessions.policy import (
 from worldvln_edge.runtime.worldvln.kv_cache import KVCache
 from worldvln_edge.runtime.worldvln.multiscale import ObservedClip
 from worldvln_edge.runtime.worldvln.observed_frames import ObservedFrames
+from worldvln_edge.runtime.worldvln.prediction_preview import PredictionPreview
 from worldvln_edge.runtime.worldvln.segment_generation import Basis, GeneratedSegment, generate_segment
 from worldvln_edge.runtime.worldvln.session_memory import held_bytes
 from worldvln_edge.runtime.worldvln.speculation import SpeculationReport, Speculator
@@ -61,6 +63,9 @@ class WorldVLNSession:
         self.emitted = -1
         self.last_segment_s = 0.0
         """What the last segment took, from encoded frames to actions."""
+        self._preview: PredictionPreview | None = None
+        self._shown: tuple[tuple[GeneratedClip, ...], np.ndarray] | None = None
+        """What was asked for last: clips, and their frames."""
         self.last_prediction: tuple[GeneratedClip, ...] = ()
         """The clips behind the last action chunk; their bits only with `record` (recorder, parity tests)."""
 
@@ -93,6 +98,10 @@ class WorldVLNSession:
         for generated in self.last_prediction:
             yield from generated.arrays
         yield from self._speculator.held
+        if self._preview is not None:
+            yield from self._preview.held
+        if self._shown is not None:
+            yield self._shown[1]
 
     @property
     def speculated(self) -> SpeculationReport:
@@ -138,9 +147,35 @@ class WorldVLNSession:
         """Replace the seed of the segments still to come; draws that were made ahead for the old one are not used."""
         self._seed = seed
 
+    def set_profile(self, name: str) -> None:
+        """See `PolicySession.set_profile`."""
+        self.profile = find_profile(self._policy.profiles, name)
+
+    def predicted_frames(self, should_stop: Callable[[], bool] = lambda: False) -> np.ndarray | None:
+        """See `PolicySession.predicted_frames`; needs a policy with the graphs `PREVIEW_GRAPHS`."""
+        if not self._policy.shows_predictions:
+            return None
+        with self._policy.turn:
+            predicted = self.last_prediction
+            if not predicted:
+                return None
+            if self._shown is not None and self._shown[0] is predicted:
+                return self._shown[1]
+            first = self._policy.clips_of(self.emitted)[0]
+            observed = self.observed_clips[:first]
+            if len(observed) < first:  # the session was closed
+                return None
+            self._preview = self._preview or PredictionPreview(self._policy.engines)
+            frames = self._preview.frames(observed, predicted, should_stop)
+            self._shown = (predicted, frames)
+            if self.done:
+                self._preview = None
+            return frames
+
     def close(self) -> None:
         """Free everything but the last prediction."""
         self._free_what_follows_would_need()
+        self._preview = self._shown = None
         self._driver.clear()
         self._seen.clear()
 

@@ -1,11 +1,13 @@
 """The shipped model in every precision and both KV flavours: exported, compared, and built for two GPUs.
 
-All exports share one tracer, because tracing takes most of the time.
+All exports share one tracer, because tracing takes most of the time. What needs a trace of its own beside fp32 and
+fp16 in place is slow.
 """
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from broken_bundles import copy_one_block_scale
@@ -56,8 +58,14 @@ def export(
     return make
 
 
-@pytest.mark.parametrize("kv", ["inplace", "portable"])
-@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize(
+    ("name", "kv"),
+    [
+        pytest.param(name, kv, marks=pytest.mark.slow if name == "bf16" or kv == "portable" else ())
+        for name in PRECISIONS
+        for kv in get_args(KVFlavour)
+    ],
+)
 def test_every_precision_passes_verify(
     export: Callable[[str, KVFlavour], Path],
     source: CheckpointSource,
@@ -103,13 +111,13 @@ def test_one_wrong_block_of_the_trained_model_is_found(
     assert [row.stage for row in report.rows if row.failures] == ["weights"]
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp8", "int8", "int4"])
+@pytest.mark.parametrize("name", [pytest.param("bf16", marks=pytest.mark.slow), "fp8", "int8", "int4"])
 def test_every_precision_builds(export: Callable[[str, KVFlavour], Path], name: str):
     (result,) = build_engines(export(name, "inplace"), parse_targets("sm89"), graphs=[WORLD_MODEL_STEP])
     assert result.error == ""
 
 
-@pytest.mark.parametrize("kv", ["inplace", "portable"])
+@pytest.mark.parametrize("kv", ["inplace", pytest.param("portable", marks=pytest.mark.slow)])
 def test_engines_are_built_for_two_gpus_without_a_gpu(export: Callable[[str, KVFlavour], Path], kv: KVFlavour):
     folder = export("fp16", kv)
     results = build_engines(folder, parse_targets("sm89,sm120"), graphs=[WORLD_MODEL_STEP, ACTION_HEAD])

@@ -34,19 +34,19 @@ def free_port() -> int:
 class BridgeProcesses:
     """Processes by name (`server`, `setpoints`, `policy`), each started with its log in `folder`."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, via: str = "dds", settings: str = ""):
+        self.folder, self._via = folder, via
         self.domain_id = 1 + os.getpid() % 200
         self._port = free_port()
         self.config = folder / "drone.toml"
-        self.config.write_text(_CONFIG.format(port=self._port, domain=self.domain_id))
+        self.config.write_text(_CONFIG.format(port=self._port, domain=self.domain_id) + settings)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str) -> subprocess.Popen[bytes]:
         arguments = [str(Path(__file__).with_name("forward_server.py")), str(self._port)]
         if name != "server":
             socket_path = self.folder / "setpoints.sock"
-            arguments = ["-m", "worldvln_edge", "ros", name, "--via", "dds", "--config", str(self.config)]
+            arguments = ["-m", "worldvln_edge", "ros", name, "--via", self._via, "--config", str(self.config)]
             arguments += [] if name == "run" else ["--socket", str(socket_path)]
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen([sys.executable, *arguments], stdout=log, stderr=log, start_new_session=True)
@@ -65,8 +65,9 @@ class BridgeProcesses:
 
 
 @contextlib.contextmanager
-def bridge_processes(folder: Path) -> Iterator[BridgeProcesses]:
-    processes = BridgeProcesses(folder)
+def bridge_processes(folder: Path, via: str = "dds", settings: str = "") -> Iterator[BridgeProcesses]:
+    """`settings`: more sections of the configuration, in TOML."""
+    processes = BridgeProcesses(folder, via, settings)
     try:
         yield processes
     finally:

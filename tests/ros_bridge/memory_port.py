@@ -17,11 +17,17 @@ class MemoryPort:
     def __init__(self) -> None:
         self.receive: dict[str, Callable[[Any], None]] = {}
         self.setpoints: list[tuple[tuple[float, ...], float]] = []
+        self.setpoint_poses: list[np.ndarray] = []
         self.paths: list[np.ndarray] = []
+        self.chunks: list[tuple[np.ndarray, float]] = []
+        self.steps_done: list[int] = []
         self.checks: dict[str, Diagnostic] = {}
 
     def now_ns(self) -> int:
         return time.time_ns()
+
+    def subscribe_clock(self, receive: Callable[[int], None]) -> None:
+        self.receive["clock"] = receive
 
     def subscribe_image(self, receive: Callable[[ImageSample], None]) -> None:
         self.receive["image"] = receive
@@ -38,11 +44,20 @@ class MemoryPort:
     def publish_setpoint(self, velocity_m_s: Sequence[float], yaw_rate_rad_s: float) -> None:
         self.setpoints.append((tuple(velocity_m_s), yaw_rate_rad_s))
 
+    def publish_setpoint_pose(self, pose_4: np.ndarray) -> None:
+        self.setpoint_poses.append(pose_4)
+
     def publish_path(self, poses_N4: np.ndarray) -> None:
         self.paths.append(poses_N4)
 
+    def publish_chunk(self, poses_N4: np.ndarray, fps: float) -> None:
+        self.chunks.append((poses_N4, fps))
+
     def publish_diagnostics(self, checks: Sequence[Diagnostic]) -> None:
         self.checks.update({check.name: check for check in checks})
+
+    def publish_step_done(self, stamp_ns: int) -> None:
+        self.steps_done.append(stamp_ns)
 
     def close(self) -> None:
         pass

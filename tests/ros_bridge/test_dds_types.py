@@ -12,6 +12,9 @@ pytest.importorskip("cyclonedds", reason="needs the extra dds")
 from cyclonedds.idl import IdlStruct, types
 
 from worldvln_edge.ros_bridge.ports import dds_types as dds
+from worldvln_edge.ros_bridge.ports.dds_wire import DdsWire
+from worldvln_edge.ros_bridge.ports.messages import MessageBuilder, ns_of_time
+from worldvln_edge.ros_bridge.ports.topics import TopicsConfig
 
 _HEADER = dds.Header(stamp=dds.Time(sec=5, nanosec=7), frame_id="camera")
 
@@ -88,4 +91,5 @@ def test_topics_have_the_names_that_ros_2_gives_them():
 
 
 def test_times_are_whole_nanoseconds_both_ways():
-    assert dds.ns_of_time(dds.time_of_ns(1_700_000_000_123_456_789)) == 1_700_000_000_123_456_789
+    at_ns = 1_700_000_000_123_456_789
+    assert ns_of_time(MessageBuilder(DdsWire.types, TopicsConfig(), lambda: at_ns).header().stamp) == at_ns

@@ -72,7 +72,7 @@ class Desk:
 
     def wait_for_end(self, text: str) -> None:
         self.wait_for_diagnostic(text)
-        assert self.stops >= 1
+        self.wait(lambda: self.stops >= 1)
 
     def _fly(self) -> None:
         progress = 0.0
@@ -176,6 +176,16 @@ def test_stop_and_another_instruction_end_a_flight(desk):
     desk.wait_for_end("the flight was stopped; send the next instruction")
 
 
+def test_a_stop_right_behind_the_instruction_is_heard(desk):
+    desk.wait(lambda: "camera/rate" in desk.port.checks)
+    desk.port.receive["instruction"]("Fly ahead.")
+    desk.port.receive["command"]("stop")
+    desk.wait_for_diagnostic("the flight was stopped; send the next instruction")
+    assert desk.chunks == []
+    desk.instruct("Fly on.")
+    desk.wait(lambda: desk.chunks)
+
+
 def test_a_stop_while_the_server_plans_keeps_its_actions_from_being_flown(tmp_path):
     with BackgroundServer(ForwardPolicy(infer_s=1.0)) as server, Desk(tmp_path, server.url) as desk:
         desk.instruct()
@@ -199,3 +209,33 @@ def test_a_server_that_is_not_there_is_named_and_there_is_no_heartbeat(tmp_path)
         desk.instruct()
         desk.wait_for_diagnostic("the server ended the flight: no worldvln-edge server answers at ws://127.0.0.1:9")
         assert desk.alive == []
+
+
+def test_whoever_asks_for_a_flight_sees_how_far_it_is_and_how_it_ended(desk):
+    desk.wait(lambda: "camera/rate" in desk.port.checks)
+    flight = desk.node.request("Fly ahead.")
+    assert flight.progress.state == "waiting"
+    desk.wait(lambda: flight.progress.chunk == 2 and flight.progress.actions_flown > 3)
+    assert flight.progress.state == "flying"
+    assert flight.outcome is None
+    assert flight.wait(15)
+    assert flight.was_flown
+    assert flight.outcome.message == "flown: Fly ahead."
+    assert flight.progress.chunk == 3
+
+
+def test_a_flight_ends_when_whoever_asked_cancels_it_and_when_another_is_asked_for(desk):
+    desk.wait(lambda: "camera/rate" in desk.port.checks)
+    cancelled = desk.node.request("Fly ahead.")
+    desk.wait(lambda: cancelled.progress.chunk == 1)
+    cancelled.cancel()
+    assert cancelled.wait(10)
+    assert cancelled.outcome.message == "the flight was stopped"
+    desk.wait(lambda: desk.stops == 1)
+    flights = [desk.node.request(text) for text in ("Fly on.", "Turn left.", "Turn right.")]
+    desk.wait(lambda: flights[-1].progress.state == "flying")
+    assert [flight.wait(10) for flight in flights[:2]] == [True, True]
+    assert flights[0].outcome.message == flights[1].outcome.message == "another instruction came"
+    desk.node.stop()
+    assert flights[2].wait(10)
+    assert not flights[2].was_flown

@@ -10,6 +10,7 @@ from worldvln_edge.protocol import Limits, Observe, ProtocolError, Start
 from worldvln_edge.runtime.sessions.device_queue import Ticket
 from worldvln_edge.runtime.sessions.implicit_session import ImplicitCall, Wording
 from worldvln_edge.runtime.sessions.null_policy import NullPolicy
+from worldvln_edge.runtime.sessions.session_events import SentFrame
 from worldvln_edge.runtime.sessions.session_manager import SessionManager
 
 SIDE, FRAMES, SESSIONS, FITTING = 16, 4, 10, 3
@@ -32,6 +33,9 @@ class Pixels:
 
     def decode(self, new: slice, *, keep: int, room_bytes: int) -> list[np.ndarray]:
         return [np.zeros((SIDE, SIDE, 3), np.uint8)] * self.count
+
+    def sent(self, new: slice) -> list[SentFrame]:
+        return [SentFrame(bytes(FRAME_BYTES), (SIDE, SIDE))] * len(range(self.count)[new])
 
 
 async def while_the_device_is_busy(manager: SessionManager, requests) -> tuple[int, list[object]]:

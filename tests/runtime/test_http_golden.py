@@ -27,7 +27,7 @@ def ask(port: int, request: dict) -> tuple[int, dict]:
 
 
 FLIGHTS = ("closed_loop", "default_mode", "prefix_mode", "partial_and_reset", "all_at_once", "errors")
-# Replayed by test_native_golden.py (and test_zmq_flight.py), tests/training/test_sim_service.py and below.
+# Replayed by test_native_golden.py (and test_zmq_flight.py), tests/training/test_worldvln_door.py and below.
 REPLAYED_ELSEWHERE = ("native_flight", "health", "simulator", "openpi_frames")
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from worldvln_edge.runtime.doors.server import BackgroundServer
 from worldvln_edge.runtime.doors.zmq_config import ZmqConfig
+from worldvln_edge.runtime.recording.recorder import Recorder
 from worldvln_edge.runtime.sessions.metrics import ServerMetrics
 from worldvln_edge.runtime.sessions.null_policy import NullPolicy
 
@@ -60,9 +61,12 @@ def test_example_without_the_sdk_gets_a_segment(server: BackgroundServer, tmp_pa
     assert (names["answer"]["seg"], len(names["answer"]["actions"])) == (0, 16)
 
 
-def test_table_of_metrics_names_every_metric_and_no_other():
+def test_table_of_metrics_names_every_metric_and_no_other(tmp_path: Path):
     page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
     printed = set(re.findall(r"^\| `(worldvln_\w+)`", page, flags=re.MULTILINE))
-    text, _ = ServerMetrics(NullPolicy().info).exposition("")
+    metrics, recorder = ServerMetrics(NullPolicy().info), Recorder(tmp_path, NullPolicy().info)
+    metrics.watch_recorder(recorder)
+    text, _ = metrics.exposition("")
+    recorder.close()
     types = dict(re.findall(r"^# TYPE (\w+) (\w+)$", text.decode(), flags=re.MULTILINE))
     assert printed == {name for name in types if not name.endswith("_created")}

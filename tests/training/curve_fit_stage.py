@@ -93,10 +93,13 @@ def train(
 ):
     """One run; `optimiser` and `trainer` are overrides."""
     kind = ThawingCurveFitStage if thaws else ShardedCurveFitStage if sharded else CurveFitStage
+    fitting = kind(**stage)
+    if sharded and ranks is not None and not ranks.is_first:
+        fitting.network.to("meta")
     rates = {"learning_rate": 0.01, "steps": 23, "schedule": "cosine", "warmup_steps": 4, "weight_decay": 0.01}
     watching = {"log_every": 1, "validate_every": 10, "save_every": 4, "tensorboard": False}
     return Trainer(
-        kind(**stage),
+        fitting,
         msgspec.convert(rates | (optimiser or {}), OptimiserConfig),
         msgspec.convert(watching | (trainer or {}), TrainerConfig),
         folder,

@@ -11,14 +11,17 @@ from memory_flights import MemoryFlights
 from small_models import random_model, tiny_config
 from torch import Tensor
 
-from worldvln_edge.action_windows import LabelStats, context_frame, window_starts
+from worldvln_edge.action_windows import LabelStats, average_windows, context_frame, window_starts
 from worldvln_edge.config import ConfigError
 from worldvln_edge.models.action_decoder import LatentActionHead
+from worldvln_edge.scale_schedule import ScaleSchedule
 from worldvln_edge.training.stages.action_stage import ActionStage, ActionStageConfig
-from worldvln_edge.training.stages.decoder_features import DecodedFlight, DecoderFeatures
+from worldvln_edge.training.stages.decoder_features import DecodedFlight, DecoderFeatures, observed_codes
 from worldvln_edge.training.stages.flight_windows import draw_windows, gather_run, segment_runs, whole_run
 from worldvln_edge.training.stages.motion_loss import MotionSchedule, Ramp, motion_terms
 from worldvln_edge.training.stages.row_plan import StageDataError
+from worldvln_edge.training.stages.shuffled_flights import ShuffledFlights, shuffled_frames
+from worldvln_edge.training.stages.vae import frames_to_video
 from worldvln_edge.training.trainer.stage import best_metric, parameter_groups, start_epoch
 
 CONFIG = tiny_config(clips_per_segment=2, left_context=3)
@@ -287,7 +290,9 @@ def test_training_lowers_the_loss_and_validation_sees_it(flights, tmp_path):
     config = ActionStageConfig(windows=8, weights=FLAT, head_rate=1.0, freeze_adapter_epochs=0, predicted_share=0.3)
     features = PictureFeatures(tmp_path, flights, MODEL.vae, CONFIG, predictor=NoisyPredictor())
     features.prepare()
-    stage = ActionStage(new_head().train(), CONFIG, features, config, seed=0, held_out=features)
+    shuffled = PictureFeatures(tmp_path, ShuffledFlights(flights), MODEL.vae, CONFIG)
+    shuffled.prepare()
+    stage = ActionStage(new_head().train(), CONFIG, features, config, seed=0, held_out=features, shuffled=shuffled)
     torch.manual_seed(0)
     optimiser = torch.optim.AdamW(stage.network.parameters(), lr=4e-3)
     before = _evaluated(stage)
@@ -304,6 +309,33 @@ def test_training_lowers_the_loss_and_validation_sees_it(flights, tmp_path):
         assert {name, f"segment_{name}", f"predicted_{name}"} <= after.keys()
     assert "nmse_roll" not in after  # nothing rolls
     assert stage.best_metric == "predicted_endpoint_m"
+
+
+def test_the_control_shows_videos_whose_frames_lost_their_order(kept, flights):
+    """Not features in another order: the motion that the VAE saw in a clip would still be in each of them."""
+    shuffled = kept(ShuffledFlights(flights))
+    stage = ActionStage(
+        new_head(), CONFIG, kept(flights), ActionStageConfig(), seed=0, held_out=kept(flights), shuffled=shuffled
+    )
+    head, errors, of_mean = new_head(), [], []
+    for row in range(len(flights)):
+        video = flights.frames(row)[shuffled_frames(row, len(flights.frames(row))).numpy()]
+        assert not np.array_equal(video, flights.frames(row))
+        with torch.no_grad():
+            latents = MODEL.vae.raw_features(MODEL.vae.encode(frames_to_video(torch.from_numpy(video)[None]))[0])
+            codes = observed_codes(latents, ScaleSchedule(CONFIG.schedule, latents.shape[2]), CONFIG)
+            logits = head(MODEL.vae.decode_features(codes)[0].half().float())
+        deltas = stage.stats.denormalise(logits.unflatten(-1, (WINDOW - 1, 6)).numpy())
+        found = average_windows(deltas, window_starts(len(video), WINDOW), len(video))[1:]
+        errors.append((found[:, 3] - flights.deltas(row)[:, 3]) ** 2)
+        of_mean.append((stage.stats.mean[3] - flights.deltas(row)[:, 3]) ** 2)
+    wanted = np.concatenate(errors).mean() / np.concatenate(of_mean).mean()
+    assert _evaluated(stage)["shuffled_nmse_x"] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_without_the_control_nothing_stands_in_for_it(kept, flights):
+    stage = ActionStage(new_head(), CONFIG, kept(flights), ActionStageConfig(), seed=0, held_out=kept(flights))
+    assert not [name for name in _evaluated(stage) if name.startswith("shuffled")]
 
 
 def _evaluated(stage: ActionStage) -> dict[str, float]:

@@ -128,6 +128,21 @@ def test_chunks_and_micro_batches_do_not_matter(kept):
         torch.testing.assert_close(apart[name], gradient, atol=1e-6, rtol=1e-5)
 
 
+def test_a_flight_that_lacks_a_term_leaves_that_of_the_others(kept, monkeypatch):
+    """As a flight of a single token lacks the spread."""
+    stage = adapter_stage(kept(), AdapterStageConfig(weights=DistillationWeights(std=1.0)))
+    alone = stage.totals(stage.load(0, [0]))
+    tokens = [frames * HEAD.grid_hw[0] * HEAD.grid_hw[1] for frames in (13, 9)]
+
+    def without_spread(student_MD, teacher_MD, names):
+        assert len(student_MD) in tokens
+        terms = distillation_terms(student_MD, teacher_MD, names)
+        return terms if len(student_MD) == tokens[0] else {name: terms[name] for name in terms.keys() - {"std"}}
+
+    monkeypatch.setattr("worldvln_edge.training.stages.adapter.distillation_terms", without_spread)
+    torch.testing.assert_close(stage.totals(stage.load(0, [0, 1]))["std"], alone["std"])
+
+
 def test_the_schedule_changes_the_coefficients(kept):
     stage = adapter_stage(kept())
     assert dict(stage.coefficients) == {"cos": 1.0, "mse": 0.1}

@@ -1,15 +1,13 @@
 """The backbone under the trainer: two processes with sharded blocks train what one process trains."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import backbone_run
 import pytest
 import torch
 from safetensors.torch import load_file
+from torchrun_processes import torchrun
 
 ROUGH = {"flip_strength": 0.3, "condition_drop": 0.3}
 SETTINGS = {
@@ -23,15 +21,7 @@ SETTINGS = {
 def two(tmp_path_factory) -> Path:
     """Runs of two processes, one folder for each of `SETTINGS`; starting the processes takes longer than they run."""
     folder = tmp_path_factory.mktemp("two")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, backbone_run.__file__, str(folder), json.dumps(SETTINGS)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = torchrun(backbone_run.__file__, folder, json.dumps(SETTINGS))
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

@@ -351,6 +351,14 @@ def test_broken_rows_are_named():
         LatentSet(torch.zeros(2, 16, 5, 2, 3), ["turn left"])
 
 
+def test_held_out_flights_without_instruction_are_named_before_the_first_step():
+    flights = MixedFlights()
+    flights.instructions[3] = " "
+    with pytest.raises(BackboneDataError, match=r"flights.jsonl:3: the instruction is empty"):
+        make_stage(held_out=flights)
+    make_stage(BackboneConfig(held_out_rows=3), held_out=flights)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

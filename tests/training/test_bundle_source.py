@@ -32,7 +32,8 @@ def exports(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def test_a_bundle_is_kept_while_nothing_changes(checkpoint: Path, exports: list[Path], tmp_path: Path):
-    for _ in range(2):
+    for words in ("a card\n", "the same card with numbers\n"):
+        (checkpoint / "README.md").write_text(words)
         ensure_bundle(checkpoint, tmp_path / "bundle")
     assert exports == [checkpoint]
     assert json.loads((tmp_path / "bundle" / SOURCE_FILE).read_text(encoding="utf-8")) == bundle_source(checkpoint)

@@ -198,6 +198,21 @@ def test_a_folder_without_flights_or_with_a_broken_shard_is_refused(tmp_path):
         read_action_tables(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"actions": np.zeros((2, 48, 5))}, r"actions \[2, 48, 5\]; expected \[flights, steps, 6\]"),
+        ({"actions": np.full((2, 48, 6), np.nan)}, "actions that are not finite; delete it and generate again"),
+        ({"kinds": np.array(["forward"])}, "2 actions, 1 kinds and 2 magnitudes; delete it and generate again"),
+    ],
+)
+def test_shards_that_would_spoil_the_means_are_refused(tmp_path, changes, message):
+    arrays = {"actions": np.zeros((2, 48, 6)), "kinds": np.array(["forward", "climb"]), "magnitudes": np.ones((2, 2))}
+    np.savez(tmp_path / "flights-0.npz", **(arrays | changes))
+    with pytest.raises(FlightDataError, match=message):
+        read_action_tables(tmp_path)
+
+
 def test_evaluation_of_the_null_policy_equals_the_zero_baseline(tasks, tables):
     evaluation = evaluate(tasks[:6], open_null, tables=tables, show_progress=False)
     results = {

@@ -14,8 +14,10 @@ from click.testing import CliRunner, Result
 from flight_files import numbered_frames, numbered_video, numbers_of, straight_poses, video_row, write_rows
 from PIL import Image
 
+from worldvln_edge.atomic import FolderInUseError
 from worldvln_edge.cli import main
 from worldvln_edge.training.data.data_check import CheckReport, MotionLimits, check_dataset, motion_problems
+from worldvln_edge.training.data.flight_folder_writer import new_flight_folder
 from worldvln_edge.training.data.frame_selection import FrameSelection
 from worldvln_edge.training.data.latent_cache import LatentCache
 from worldvln_edge.training.data.open_flights import ReadingOptions, kind_of_flights, open_flights
@@ -135,6 +137,13 @@ def test_wrong_units_are_suspected(folder: Path, units: dict[str, Any], step: fl
     assert result.exit_code == 1
 
 
+def test_a_trajectory_of_another_video_is_suspected(folder: Path):
+    write_trajectory(folder / "more.json", straight_poses(75), "pose6", CM_DEG)
+    add_rows(folder, video_row(gt_pose_json="more.json"))
+    (problem,) = check(folder).problems
+    assert (problem.kind, problem.reason) == ("motion", f"{folder / 'more.json'}: covers 75 frames, v.mp4 holds 60")
+
+
 def test_motion_that_is_not_finite_is_a_problem():
     deltas = np.zeros((3, 6), np.float32)
     deltas[1, 2] = np.nan
@@ -143,7 +152,7 @@ def test_motion_that_is_not_finite_is_a_problem():
 
 
 def test_frames_of_one_colour_are_a_problem(folder: Path):
-    write_video(folder / "black.mp4", np.zeros((49, 32, 48, 3), np.uint8), 16)
+    write_video(folder / "black.mp4", np.zeros((60, 32, 48, 3), np.uint8), 16)
     add_rows(folder, video_row(video_path="black.mp4", gt_pose_json="poses.json"))
     (problem,) = check(folder).problems
     assert problem.reason == "all pixels of all 49 frames are 0"
@@ -240,6 +249,20 @@ def test_a_dataset_is_never_replaced(tmp_path: Path, target: str):
     assert result.exit_code == 1
     assert "holds files already; give an empty or a new folder" in result.stderr
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "d").rglob("*")} == before
+
+
+def test_of_two_conversions_into_one_folder_the_first_that_ends_stays(folder: Path, tmp_path: Path):
+    out = tmp_path / "out"
+
+    def slow_conversion() -> None:
+        with new_flight_folder(out) as flights:
+            flights.add(numbered_frames(5), "fly")
+            assert run("convert", folder, "--out", out).exit_code == 0
+
+    with pytest.raises(FolderInUseError, match="out holds files already"):
+        slow_conversion()
+    assert len((out / "flights.jsonl").read_bytes().splitlines()) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "out"]
 
 
 def test_a_folder_with_other_things_is_not_replaced(folder: Path, tmp_path: Path):

@@ -180,6 +180,16 @@ def test_real_flights_say_that_they_are_in_metres(tmp_path: Path):
     )
 
 
+def test_pictures_that_come_or_go_while_a_folder_is_read_are_refused(tmp_path: Path):
+    route = write_route(tmp_path / "r")
+    flights = RouteFolder(tmp_path, None, selection=FULL)
+    assert len(flights.frames(0)) == 9
+    next((route / "images").iterdir()).unlink()
+    for read in (flights.frames, flights.key):
+        with pytest.raises(FlightDataError, match="images: 8 pictures, there were 9; start again"):
+            read(0)
+
+
 def test_empty_log_is_no_motion(tmp_path: Path):
     write_route(tmp_path / "r", raw_logs=[])
     assert RouteFolder(tmp_path, None, selection=FULL).deltas(0) is None

@@ -20,6 +20,7 @@ from flight_files import (
 )
 from PIL import Image
 
+from worldvln_edge.training.data import lerobot_writer
 from worldvln_edge.training.data.frame_selection import FrameSelection
 from worldvln_edge.training.data.lerobot_format import ACTION_NAMES, STATE_NAMES
 from worldvln_edge.training.data.lerobot_reader import LeRobotFlights, LeRobotMotion
@@ -148,6 +149,16 @@ def test_large_videos_are_cut_between_episodes(tmp_path: Path):
     read = LeRobotFlights(folder, None, selection=WHOLE)
     assert [numbers_of(read.frames(row))[0] for row in range(3)] == [0, 9, 18]
     np.testing.assert_allclose(read.deltas(2), flights().deltas(2), atol=1e-6)
+
+
+def test_episodes_are_described_group_by_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = write(tmp_path / "whole")
+    monkeypatch.setattr(lerobot_writer, "_EPISODES_TOGETHER", 2)
+    parts = write(tmp_path / "parts")
+    place = "meta/episodes/chunk-000/file-000.parquet"
+    assert pq.ParquetFile(parts / place).num_row_groups == 2
+    assert pq.read_table(parts / place).to_pylist() == pq.read_table(whole / place).to_pylist()
+    assert (parts / "meta/info.json").read_bytes() == (whole / "meta/info.json").read_bytes()
 
 
 def test_flights_without_motion_have_no_action(tmp_path: Path):
@@ -304,6 +315,17 @@ def test_episodes_that_cannot_be_used_are_left_out(tmp_path: Path):
         "segment of 0 s is shorter than 33 frames",
     ]
     assert len(read) == 0
+
+
+def test_episodes_without_a_place_are_left_out_and_a_bare_task_is_one(tmp_path: Path):
+    root = foreign_dataset(tmp_path)
+    file = root / "meta/episodes/chunk-000/file-000.parquet"
+    records = [{**record, "tasks": "go up"} for record in pq.read_table(file).to_pylist()]
+    records[0] |= {"length": None, f"videos/{FRONT}/from_timestamp": None}
+    pq.write_table(pa.Table.from_pylist(records), file)
+    read = LeRobotFlights(root, None, camera=FRONT, selection=WHOLE)
+    assert [problem.reason for problem in read.skipped] == [f"nothing in length, videos/{FRONT}/from_timestamp"]
+    assert [read.instruction(row) for row in range(len(read))] == ["go up"]
 
 
 def test_video_without_the_episodes_times_is_refused(tmp_path: Path):

@@ -115,3 +115,36 @@ def test_actions_and_frames_must_agree(tmp_path: Path):
     np.savez(tmp_path / "flights-0.npz", **{**arrays, "frames": arrays["frames"][:, :4]})
     with pytest.raises(FlightDataError, match=r"flights-0\.npz: flight 0: 4 frames for 4 actions"):
         SimulatorFlights(tmp_path, None).frames(0)
+
+
+def rewrite(path: Path, **changes: np.ndarray) -> None:
+    arrays = dict(np.load(path))
+    np.savez(path, **{**arrays, **changes})
+
+
+def test_words_of_fewer_flights_are_refused_and_never_shifted_to_others(folder: Path):
+    words = np.load(folder / "flights-0.npz")["instructions"]
+    rewrite(folder / "flights-0.npz", instructions=words[1:])
+    with pytest.raises(FlightDataError, match=r"flights-0\.npz: actions \[2, 4, 6\] and 1 instructions, wanted"):
+        SimulatorFlights(folder, None)
+
+
+def test_frames_of_fewer_flights_are_named(folder: Path):
+    rewrite(folder / "flights-0.npz", frames=np.load(folder / "flights-0.npz")["frames"][:1])
+    flights = SimulatorFlights(folder, None)
+    with pytest.raises(FlightDataError, match=r"flights-0\.npz: flight 1: the shard holds frames of 1 flights"):
+        flights.frames(1)
+    reasons = [problem.reason for problem in check_dataset(folder, show_progress=False).problems]
+    assert reasons.count("the shard holds frames of 1 flights") == 1
+
+
+def test_actions_that_are_not_finite_are_named(folder: Path):
+    actions = np.load(folder / "flights-0.npz")["actions"]
+    actions[1, 2, 0] = np.nan
+    rewrite(folder / "flights-0.npz", actions=actions)
+    flights = SimulatorFlights(folder, None)
+    assert np.isfinite(flights.deltas(0)).all()
+    with pytest.raises(FlightDataError, match=r"flights-0\.npz: flight 1: actions that are not finite"):
+        flights.deltas(1)
+    found = [problem for problem in check_dataset(folder, show_progress=False).problems if problem.kind == "motion"]
+    assert [problem.where for problem in found] == [f"{folder / 'flights-0.npz'}: flight 1"]

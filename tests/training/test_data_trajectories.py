@@ -97,8 +97,11 @@ def test_action6_is_delta6_in_the_units_its_columns_name(file: Path):
     trajectory = read_trajectory(file)
     assert trajectory.frames == 3
     np.testing.assert_allclose(trajectory.deltas()[0], [np.radians(3), 0, 0, 0.1, 0, 0], atol=1e-6)
+    assert read_trajectory(file, units=CM_DEG).frames == 3
     with pytest.raises(FlightDataError, match="holds action6, which is delta6, but the manifest says pose6"):
         read_trajectory(file, layout="pose6")
+    with pytest.raises(FlightDataError, match="columns are named in cm and deg, but the manifest says m and rad"):
+        read_trajectory(file, units=M_RAD)
 
 
 def test_a_declared_file_is_not_contradicted(file: Path):

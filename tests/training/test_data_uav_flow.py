@@ -108,7 +108,8 @@ def broken_flights() -> list[dict[str, Any]]:
         row["log"] = "{"
     rows = flight("words", 5, instruction="") + flight("poses", 5, preprocessed_logs=[[0.0] * 6] * 4)
     rows += flight("nan", 5, preprocessed_logs=[["x"] * 6] * 5)
-    return rows + small + no_picture + empty + bad_log
+    twice = flight("twice", 5, preprocessed_logs=None)
+    return rows + small + no_picture + empty + bad_log + twice + twice[3:4]
 
 
 def test_flights_that_cannot_be_used_are_left_out_and_named(source: Path, tmp_path: Path):
@@ -123,8 +124,9 @@ def test_flights_that_cannot_be_used_are_left_out_and_named(source: Path, tmp_pa
     assert "not a readable image" in found["picture"]
     assert "no picture in `image`" in found["empty"]
     assert "`log` is not JSON" in found["log"]
+    assert found["twice"].endswith("comes twice, in 0.parquet and 0.parquet")
     assert all("0.parquet" in problem.where for problem in problems)
-    assert check_uav_flow(source, show_progress=False) == (8, problems)
+    assert check_uav_flow(source, show_progress=False) == (9, problems)
 
 
 def test_no_usable_flight_leaves_nothing(source: Path, tmp_path: Path):
@@ -157,4 +159,7 @@ def test_rows_without_a_number_are_refused(source: Path):
     rows[2]["frame_idx"] = None
     write_parquet(source / "0.parquet", rows)
     with pytest.raises(FlightDataError, match=r"0\.parquet: row 2 of group 0 has no id or frame_idx"):
+        check_uav_flow(source, show_progress=False)
+    write_parquet(source / "0.parquet", [{**row, "frame_idx": f"frame {row['frame_idx']}"} for row in flight("a", 5)])
+    with pytest.raises(FlightDataError, match=r"0\.parquet: row 0 of group 0: frame_idx 'frame \d' is no number"):
         check_uav_flow(source, show_progress=False)

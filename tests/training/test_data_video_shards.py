@@ -117,6 +117,23 @@ def test_rows_that_cannot_be_used_are_left_out_with_file_line_and_reason(
     assert re.search(message, problem.reason), problem.reason
 
 
+def test_neighbouring_frames_take_no_room_and_others_are_kept(tmp_path: Path, videos: Path):
+    listed = list(range(0, 34, 2))
+    flights = shards(tmp_path, videos, [video_row(begin_frame_id=3, end_frame_id=51), video_row(frame_idxs=listed)])
+    assert flights.rows[0].frames == range(3, 52)
+    assert list(flights.rows[1].frames) == listed
+    assert numbers_of(flights.frames(0)) == list(range(3, 52))
+    assert numbers_of(flights.frames(1)) == listed
+
+
+def test_optional_fields_may_be_null(tmp_path: Path, videos: Path):
+    rows = [{**video_row(), "MiniCPM_V_2_6_caption": None, "quality_prompt": None, "frame_idxs": None}]
+    rows += [{"image_path": "a.png", "long_caption": None, "text": "a tower", "quality_prompt": None}]
+    flights = shards(tmp_path, videos, rows)
+    assert flights.skipped == []
+    assert [flights.instruction(row, row_generator(0, 0, row)) for row in range(2)] == ["fly forward", "a tower"]
+
+
 def test_caption_may_stand_elsewhere(tmp_path: Path, videos: Path):
     row = video_row(tarsier2_caption=None, text="climb")
     flights = shards(tmp_path, videos, [row], captions=CaptionConfig(caption_field="text"))

@@ -209,6 +209,12 @@ def test_the_files_hold_the_tables_and_a_page_that_needs_no_other(server, train_
     assert len(drawings) == 2 * 2  # from above, and height
     assert all(len(list(ET.fromstring(drawing))) > 2 for drawing in drawings)
     assert {path.name for path in tmp_path.iterdir()} == {"eval.json", "eval.md", "eval.html", "flights.jsonl"}
+    card = tmp_path / "card.md"
+    card.write_text("<!-- card: flights -->\n<!-- /card: flights -->\n")
+    filled = invoke("card", card, "--eval", tmp_path)
+    assert filled.exit_code == 0, filled.output
+    assert "2 held-out tasks in held-out scenes. A flight succeeds when it ends within 1.5 m" in card.read_text()
+    assert "| mean per kind and magnitude | 2 |" in card.read_text()
 
 
 def test_text_of_a_task_cannot_become_part_of_the_page(tasks):

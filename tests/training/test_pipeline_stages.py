@@ -1,6 +1,7 @@
 """From flights to a checkpoint, stage by stage, at the size of a test."""
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -9,15 +10,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import random_frames, random_model, tiny_config
+from small_models import STATS, random_frames, random_model, tiny_config
 from tokenizers import Tokenizer
 
 from worldvln_edge.config import ModelConfig
 from worldvln_edge.export.graph_sources import graph_sources
 from worldvln_edge.export.make_checkpoint import make_checkpoint
+from worldvln_edge.models.action_decoder import RgbActionHead
 from worldvln_edge.models.checkpoint_file import CheckpointError
 from worldvln_edge.models.checkpoint_source import load_source, open_any
+from worldvln_edge.models.released_action import COMBINED_FILE
+from worldvln_edge.models.released_adapter import EXPORT_FILE, read_adapter_checkpoint
+from worldvln_edge.models.stored_tensors import read_all
 from worldvln_edge.models.worldvln import load_checkpoint
+from worldvln_edge.prompts import tagged_prompt
 from worldvln_edge.training.sim.instructions import instruction_vocabulary
 from worldvln_edge.training.stages.flight_sources import open_training_flights
 from worldvln_edge.training.stages.pipeline import ChainError, TrainingChain
@@ -109,7 +115,7 @@ def _chain(data: Path, work: Path, *, held_out=None, start=None, seed=1, changes
 def trained(data: Path, held_out: Path, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     chain = _chain(data, folder / "work", held_out=held_out)
-    chain.check(ALL, has_out=True)
+    chain.check(ALL, out=folder / "checkpoint")
     chain.run(ALL)
     chain.write_checkpoint(folder / "checkpoint")
     return folder
@@ -162,10 +168,23 @@ def test_finished_stages_are_not_repeated_and_the_rest_gives_the_same_weights(
     assert all(torch.equal(old[name], new[name]) for name in old)
 
 
+def test_a_full_disk_leaves_no_half_checkpoint(data: Path, held_out: Path, trained: Path, tmp_path: Path):
+    """No file may grow beyond 200 kB: the weights of the model cannot be written."""
+    chain = _chain(data, trained / "work", held_out=held_out)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(ChainError, match=r"out cannot be written \(.*\); make room and give the same command"):
+            chain.write_checkpoint(tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_stage_is_trained_from_a_checkpoint(data: Path, trained: Path, tmp_path: Path):
     start = Start(config=CONFIG, source=open_any(trained / "checkpoint"))
     chain = _chain(data, tmp_path / "work", start=start)
-    chain.check(["sft"], has_out=True)
+    chain.check(["sft"], out=tmp_path / "tuned")
     chain.run(["sft"])
     chain.write_checkpoint(tmp_path / "tuned")
     old = load_file(trained / "checkpoint" / "model.safetensors")
@@ -186,7 +205,7 @@ def test_one_stage_is_trained_from_a_checkpoint(data: Path, trained: Path, tmp_p
 )
 def test_work_of_another_run_is_refused_with_what_differs(data, held_out, trained, options: dict, message: str):
     with pytest.raises(WorkFolderError, match=rf"vae_encoder holds another run: .*{message}"):
-        _chain(data, trained / "work", held_out=held_out, **options).check(ALL, has_out=True)
+        _chain(data, trained / "work", held_out=held_out, **options).check(ALL, out=None)
 
 
 def test_work_of_other_flights_is_refused_although_they_are_as_many(data, held_out, trained, tmp_path: Path):
@@ -194,7 +213,7 @@ def test_work_of_other_flights_is_refused_although_they_are_as_many(data, held_o
     arrays["actions"][0, 0, 0] += 1
     np.savez(tmp_path / "flights-0.npz", **arrays)
     with pytest.raises(WorkFolderError, match="holds another run: data: "):
-        _chain(tmp_path, trained / "work", held_out=held_out).check(ALL, has_out=True)
+        _chain(tmp_path, trained / "work", held_out=held_out).check(ALL, out=None)
 
 
 @pytest.mark.parametrize(
@@ -208,23 +227,23 @@ def test_work_of_other_flights_is_refused_although_they_are_as_many(data, held_o
 def test_a_stage_says_what_it_starts_from(data: Path, tmp_path: Path, stages: list, part: str, command: str):
     message = rf"{part}: run `worldvln-edge train {command}` with the same --work first, or give --checkpoint"
     with pytest.raises(ChainError, match=message):
-        _chain(data, tmp_path).check(stages, has_out=False)
+        _chain(data, tmp_path).check(stages, out=None)
 
 
 def test_a_checkpoint_without_a_part_is_refused_before_anything_is_trained(data: Path, tmp_path: Path):
     with pytest.raises(ChainError, match=r"latent_head, rgb_head, world_model is not trained: run .*action, backbone"):
-        _chain(data, tmp_path).check(["vae_encoder", "vae"], has_out=True)
+        _chain(data, tmp_path).check(["vae_encoder", "vae"], out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_stage_that_the_recipe_lacks_is_refused(data: Path, tmp_path: Path):
     with pytest.raises(RecipeError, match=r"the recipe has no table \[adapter\]"):
-        _chain(data, tmp_path, drop=("adapter",)).check(["adapter"], has_out=False)
+        _chain(data, tmp_path, drop=("adapter",)).check(["adapter"], out=None)
 
 
 def test_released_presets_need_their_text_encoder(data: Path, tmp_path: Path):
     with pytest.raises(ChainError, match="has a text encoder that is not trained here; give --checkpoint"):
-        _chain(data, tmp_path, changes={"sft": {"train_text_encoder": False}}).check(["sft"], has_out=False)
+        _chain(data, tmp_path, changes={"sft": {"train_text_encoder": False}}).check(["sft"], out=None)
 
 
 @pytest.mark.parametrize("preset", ["nano", "mini", "worldvln-8b"])
@@ -244,22 +263,18 @@ def test_published_values_are_those_of_the_paper():
     assert (sft.optimiser.epochs, sft.optimiser.weight_decay, sft.config.packed_tokens) == (10, 0.0, 20480)
     assert (adapter.optimiser.learning_rate, adapter.optimiser.epochs, adapter.config.step_rows) == (5e-5, 100, 32)
     assert (action.optimiser.learning_rate, action.config.head_rate, action.config.adapter_rate) == (1e-5, 10.0, 2.0)
-    assert action.config.freeze_adapter_epochs == 6
+    assert (action.config.freeze_adapter_epochs, action.config.windows_chunk) == (6, 24)
+    # The published code keeps two frames of the adapter in memory, and so little of a flight on disk.
+    assert (adapter.config.frames_chunk, action.config.frames_chunk) == (2, 2)
+    assert recipe.tables["chain"].keep == "codes"
 
 
 def test_released_files_are_tuned_and_named_again(data: Path, tmp_path: Path):
     """Backbone and action decoder are written, the VAE and the text encoder stay where they are."""
     released = tmp_path / "released"
-    make_checkpoint(CONFIG, released, seed=3)
-    source = open_any(released)
-    start = Start(config=CONFIG, source=source, released=read_released(released))
-    changes = {
-        "chain": {"keep": "codes"},
-        "sft": {"train_text_encoder": False},
-        "action": {"predicted_share": 0.0},
-    }
-    chain = _chain(data, tmp_path / "work", start=start, changes=changes)
-    chain.check(["sft", "action"], has_out=True)
+    start = _released(released, has_rgb_head=False)
+    chain = _chain(data, tmp_path / "work", start=start, changes=RELEASED_CHANGES)
+    chain.check(["sft", "action"], out=tmp_path / "tuned")
     chain.run(["sft", "action"])
     chain.write_checkpoint(tmp_path / "tuned")
     assert {path.name for path in (tmp_path / "tuned").iterdir()} == {
@@ -279,6 +294,78 @@ def test_released_files_are_tuned_and_named_again(data: Path, tmp_path: Path):
     }
     assert changed == {"world_model", "latent_head"}
     torch.testing.assert_close(new.stats.latent_head.std, old.stats.latent_head.std)
+
+
+RELEASED_CHANGES = {
+    "chain": {"keep": "codes"},
+    "sft": {"train_text_encoder": False},
+    "action": {"predicted_share": 0.0},
+}
+
+
+def _released(folder: Path, *, has_rgb_head: bool) -> Start:
+    """A start of released files, of which the RGB head is one where it is asked for."""
+    make_checkpoint(CONFIG, folder, seed=3)
+    if has_rgb_head:
+        torch.manual_seed(4)
+        head = RgbActionHead(CONFIG.action_decoder)
+        torch.save({"model_state_dict": head.tsformer.state_dict()}, folder / "rgb.pth")
+        (folder / "rgb.json").write_bytes(msgspec.json.encode({"label_stats": STATS.rgb_head}))
+        parts = json.loads((folder / "released.json").read_bytes())
+        parts |= {"rgb_head": "rgb.pth", "rgb_run_config": "rgb.json"}
+        (folder / "released.json").write_text(json.dumps(parts))
+    return Start(config=CONFIG, source=open_any(folder), released=read_released(folder))
+
+
+def test_a_distilled_adapter_is_written_in_the_released_layout(data: Path, tmp_path: Path):
+    start = _released(tmp_path / "released", has_rgb_head=True)
+    chain = _chain(data, tmp_path / "work", start=start, changes=RELEASED_CHANGES)
+    out = tmp_path / "out"
+    chain.check(["adapter"], out=out)
+    chain.run(["adapter"])
+    chain.write_checkpoint(out)
+    assert {path.name for path in out.iterdir()} == {"released.json", COMBINED_FILE, EXPORT_FILE}
+    trained = load_file(tmp_path / "work" / "adapter" / "weights" / "model.safetensors")
+    exported = read_all(read_adapter_checkpoint(out / EXPORT_FILE).adapter)
+    assert {f"latent_head.adapter.{name}" for name in exported} == trained.keys()
+    assert all(torch.equal(trained[f"latent_head.adapter.{name}"], tensor) for name, tensor in exported.items())
+    again = Start(config=CONFIG, source=open_any(out), files=StartFiles(adapter=out / EXPORT_FILE)).model(0)
+    assert all(torch.equal(again.get_parameter(name), tensor) for name, tensor in trained.items())
+
+
+def test_an_output_that_would_replace_the_start_is_refused(data: Path, tmp_path: Path):
+    start = _released(tmp_path / "released", has_rgb_head=False)
+    chain = _chain(data, tmp_path / "work", start=start, changes=RELEASED_CHANGES)
+    with pytest.raises(ChainError, match=r"--out .*released would replace .*released\.json, which the training starts"):
+        chain.check(["sft"], out=tmp_path / "released")
+
+
+@pytest.mark.parametrize(
+    ("stages", "changes"),
+    [(["vae_encoder", "vae"], {}), (["sft"], {"sft": {"train_text_encoder": True}})],
+)
+def test_what_the_released_layout_has_no_place_for_is_not_lost(data: Path, tmp_path: Path, stages: list, changes: dict):
+    start = _released(tmp_path / "released", has_rgb_head=False)
+    chain = _chain(data, tmp_path / "work", start=start, changes=RELEASED_CHANGES | changes)
+    with pytest.raises(ChainError, match="--out writes a whole checkpoint, and rgb_head is not trained"):
+        chain.check(stages, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_holds_what_it_starts_from_and_what_it_makes(stage: str):
+    table = STAGES[stage]
+    assert {*table.needs, table.makes} <= {*table.uses}
+    assert table.sharded in (None, table.makes)
+
+
+def test_parts_that_are_not_asked_for_take_no_memory(tmp_path: Path):
+    start = _released(tmp_path / "released", has_rgb_head=False)
+    whole = start.model(0)
+    for model in (start.model(0, {"vae", "latent_head"}), Start(config=CONFIG).model(0, {"vae", "latent_head"})):
+        found = {name.partition(".")[0]: parameter.is_meta for name, parameter in model.named_parameters()}
+        assert found == {part: part not in ("vae", "latent_head") for part, _ in whole.named_children()}
+    partial = start.model(0, {"vae"}).vae.state_dict()
+    assert all(torch.equal(tensor, partial[name]) for name, tensor in whole.vae.state_dict().items())
 
 
 def test_a_released_list_that_is_none_is_refused(tmp_path: Path):
@@ -302,6 +389,15 @@ def test_files_of_the_start_are_in_the_model_and_in_its_fingerprint(data: Path, 
     save_file(other.world_model.state_dict(), path)
     assert start.fingerprint() != before
     assert Start(config=CONFIG).fingerprint() is None
+
+
+def test_tags_of_all_lengths_are_known_to_a_small_preset():
+    horizon = CONFIG.horizon
+    counts = (5, horizon.num_frames, 10 * horizon.fps + 1)
+    inner = Tokenizer.from_str(Start(config=CONFIG).tokenizer_json(["climb"], counts))
+    unknown = inner.token_to_id("<unk>")
+    for frames in counts:
+        assert unknown not in inner.encode(tagged_prompt("climb", horizon, frames)).ids
 
 
 def test_words_of_the_flights_are_known_to_a_small_preset():

@@ -48,6 +48,14 @@ def test_every_file_goes_into_its_part(tmp_path: Path, model: WorldVLN):
     assert [name for name, _ in files.paths()] == ["base_model", "adapter", "timesformer"]
 
 
+def test_parts_without_memory_are_left_alone(tmp_path: Path, model: WorldVLN):
+    """A rank that is given its share of the world model by another one does not read it."""
+    save_file(OTHER.world_model.state_dict(), tmp_path / "base.safetensors")
+    files = StartFiles(base_model=tmp_path / "base.safetensors", adapter=tmp_path / "none.pt")
+    assert files.load_into(model, {"vae", "text_encoder"}) == []
+    assert changed_parts(model) == set()
+
+
 def test_no_file_changes_nothing(model: WorldVLN):
     assert StartFiles().load_into(model) == []
     assert StartFiles().paths() == []

@@ -66,6 +66,21 @@ def test_every_instruction_word_of_the_simulator_fits_the_nano_preset():
         assert unknown not in tokenizer.encode(tag + word).ids
 
 
+def test_tags_of_other_lengths_are_tokens_and_words_keep_their_numbers():
+    plain = build_word_tokenizer(WORDS, TAG, 64)
+    inner = build_word_tokenizer(WORDS, TAG, 64, other_tags=("<<<t=0s>>>", "<<<t=2s>>>"))
+    assert inner.get_vocab().items() >= plain.get_vocab().items()
+    assert inner.encode("<<<t=2s>>>fly").tokens == ["<<<t=2s>>>", "fly", "</s>"]
+    with pytest.raises(ValueError, match=r"do not fit text_encoder\.vocabulary"):
+        build_word_tokenizer(WORDS, TAG, plain.get_vocab_size(), other_tags=("<<<t=2s>>>",))
+
+
+def test_tags_take_room_from_the_words():
+    texts = ["fly to the blue tower 7.5 m"]
+    with pytest.warns(UserWarning, match=r"^5 words of the instructions are unknown"):
+        assert instruction_words(texts, ("fly", "climb"), 8, tags=2) == ("fly", "climb", "7.5")
+
+
 def test_the_tag_names_whole_seconds_of_the_whole_horizon():
     assert tagged_prompt("fly", HorizonConfig()) == "<<<t=3s>>>fly"
     assert tagged_prompt("fly", HorizonConfig(num_frames=81, step=16, fps=16)) == "<<<t=5s>>>fly"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from torchrun_processes import torchrun
 
 from worldvln_edge.cli import main
 from worldvln_edge.models.worldvln import load_checkpoint
@@ -188,16 +189,8 @@ def test_two_processes_train_the_backbone_like_one(flights, quick, precision: st
     assert vae.exit_code == 0, vae.output
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     assert invoke("backbone", *options, "--work", tmp_path / "one").exit_code == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-    program = [
-        str(Path(sys.executable).with_name("worldvln-edge")),
-        "train",
-        "backbone",
-        *map(str, options),
-        "--work",
-        str(tmp_path / "two"),
-    ]
-    done = subprocess.run([*command, *program], capture_output=True, text=True, timeout=300)
+    program = Path(sys.executable).with_name("worldvln-edge")
+    done = torchrun(program, "train", "backbone", *options, "--work", tmp_path / "two", options=("--no-python",))
     assert done.returncode == 0, done.stderr
     one, two = (
         [row["loss"] for row in map(json.loads, (tmp_path / name / "sft/loss_curve.jsonl").read_text().splitlines())]

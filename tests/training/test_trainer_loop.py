@@ -11,6 +11,7 @@ from curve_fit_stage import ROWS, CurveFit, CurveFitStage, train
 from torch import nn
 
 from worldvln_edge.config import ConfigError
+from worldvln_edge.training.trainer.distributed import Ranks
 from worldvln_edge.training.trainer.loading import LoadingError
 from worldvln_edge.training.trainer.optimiser import OptimiserConfig
 from worldvln_edge.training.trainer.stage import ParameterGroup, epoch_order
@@ -209,6 +210,44 @@ def test_losses_that_stay_nan_stop_the_run_and_name_the_rows(tmp_path: Path):
         _run(NaNStage(range(5, 99)), tmp_path, max_bad_steps=3)
 
 
+def test_rows_of_a_nan_are_named_as_the_stage_names_them(tmp_path: Path):
+    class Named(NaNStage):
+        def row_name(self, row):
+            return f"flights.jsonl:{row}"
+
+    message = r"rows \[(\d+), (\d+), \d+, \d+, \d+\] \(flights.jsonl:\1; flights.jsonl:\2; [^;]+; [^;]+; ...\). Lower"
+    stage = Named(range(99))
+    stage.step_rows = stage.micro_rows = 5
+    with pytest.raises(TrainingDivergedError, match=message):
+        _run(stage, tmp_path, max_bad_steps=1)
+
+
+@pytest.mark.gpu
+def test_terms_may_lie_on_the_cpu_and_on_the_gpu(tmp_path: Path):
+    """What a stage counts without a network is on the CPU."""
+
+    class Mixed(CurveFitStage):
+        def load(self, epoch, rows):
+            return {name: tensor.cuda() for name, tensor in super().load(epoch, rows).items()}
+
+        def weights(self, batch):
+            return {**super().weights(batch), "rows": 1.0}
+
+        def totals(self, batch):
+            return {**super().totals(batch), "rows": torch.tensor(2.0)}
+
+        def validate(self):
+            return {}
+
+    stage = Mixed()
+    stage.network.cuda()
+    config = OptimiserConfig(learning_rate=0.01, steps=3)
+    trainer = TrainerConfig(log_every=1, tensorboard=False)
+    ranks = Ranks(device=torch.device("cuda"))
+    Trainer(stage, config, trainer, tmp_path, {}, seed=5, ranks=ranks, show_progress=False).run()
+    assert [row["rows"] for row in _rows(tmp_path)] == [2.0, 2.0, 2.0]
+
+
 def test_averaged_weights_follow_the_optimiser_steps(tmp_path: Path):
     class Recording(CurveFitStage):
         seen: list[torch.Tensor]
@@ -267,6 +306,9 @@ def test_the_last_step_is_exported_where_the_best_is_not_kept(tmp_path: Path):
     assert not torch.equal(last.weights["first.weight"], best.weights["first.weight"])
     plain = _run(CurveFitStage(), tmp_path / "plain")
     assert torch.equal(last.weights["first.weight"], plain.weights["first.weight"])
+    # Also where an earlier start of the run kept one.
+    again = _run(HasBest(), tmp_path / "best", keep_best=False, validate_every=3, save_every=3)
+    assert torch.equal(again.weights["first.weight"], plain.weights["first.weight"])
 
 
 class UnreadableRow(CurveFitStage):

@@ -10,7 +10,7 @@ from curve_fit_stage import train
 
 from worldvln_edge.config import ConfigError
 from worldvln_edge.training.trainer.curve_plot import plot_curve
-from worldvln_edge.training.trainer.loss_log import LossLog, read_curve
+from worldvln_edge.training.trainer.loss_log import LogWriteError, LossLog, read_curve
 from worldvln_edge.training.trainer.step_meter import StepMeter
 
 
@@ -31,6 +31,24 @@ def test_tensorboard_gets_every_row(tmp_path: Path):
     assert scalars["sft/loss"] == pytest.approx({row["step"]: row["loss"] for row in rows})
     assert scalars["run/lr"] == pytest.approx({row["step"]: row["lr"] for row in rows})
     assert list(scalars["sft/held_out_error"]) == [6]
+
+
+def test_a_full_disk_is_told_with_what_to_do(tmp_path: Path):
+    """`/dev/full` is a file on a full disk."""
+    curve = tmp_path / "loss_curve.jsonl"
+    log = LossLog(curve, None, None, stage="sft", run_id="", first_step=0)
+    curve.symlink_to("/dev/full")
+    message = r"loss_curve\.jsonl cannot be written \(No space left on device\); make room and give the same command"
+    with pytest.raises(LogWriteError, match=message):
+        log.write(1, {"loss": 1.0}, {})
+
+
+def test_a_picture_that_cannot_be_written_is_named(tmp_path: Path):
+    (tmp_path / "loss_curve.jsonl").write_text('{"stage": "sft", "step": 1, "loss": 1.0}\n')
+    (tmp_path / "loss_curve.png").mkdir()
+    with pytest.raises(LogWriteError, match=r"loss_curve\.png cannot be written \(Is a directory\)"):
+        plot_curve(tmp_path / "loss_curve.jsonl", tmp_path / "loss_curve.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss_curve.jsonl", "loss_curve.png"]
 
 
 def test_wandb_is_imported_on_use_and_missed_with_the_command_that_brings_it(tmp_path: Path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import curve_fit_stage
@@ -10,6 +9,7 @@ import pytest
 import torch
 from curve_fit_stage import ShardedCurveFitStage, train
 from safetensors.torch import load_file
+from torchrun_processes import torchrun
 
 from worldvln_edge.training.trainer import distributed
 from worldvln_edge.training.trainer.distributed import (
@@ -28,9 +28,7 @@ OPTIONS = {"optimiser": {"steps": 12, "ema_decay": 0.8}, "trainer": {"save_every
 
 
 def _torchrun(folder: Path, options: dict, processes: int = 2) -> subprocess.CompletedProcess:
-    program = [curve_fit_stage.__file__, str(folder), json.dumps(options)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run([*launcher, *program], capture_output=True, text=True, timeout=240)
+    return torchrun(curve_fit_stage.__file__, folder, json.dumps(options), processes=processes)
 
 
 def _losses(folder: Path) -> list[float]:
@@ -55,6 +53,7 @@ def _assert_as_alone(folder: Path, alone: tuple[list[float], dict]) -> None:
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["copied", "sharded"])
 def test_two_processes_give_the_losses_and_weights_of_one(tmp_path: Path, alone, sharded: bool):
+    """Only the first process of a sharded network has weights to begin with; the others have shapes."""
     finished = _torchrun(tmp_path, OPTIONS | {"sharded": sharded})
     assert finished.returncode == 0, finished.stderr
     _assert_as_alone(tmp_path, alone)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from curve_fit_stage import CurveFitStage, train
 from safetensors.torch import load_file
+from torchrun_processes import DEADLINE_S
 
 from worldvln_edge.training.trainer.distributed import Ranks
 from worldvln_edge.training.trainer.ema import MovingAverage
@@ -64,7 +65,7 @@ def test_killed_runs_go_on_with_the_same_losses_and_weights(unbroken, tmp_path: 
         before = _steps_saved(tmp_path)
         process = _program(tmp_path, paused)
         begun = time.monotonic()
-        while process.poll() is None and _steps_saved(tmp_path) == before and time.monotonic() < begun + 60:
+        while process.poll() is None and _steps_saved(tmp_path) == before and time.monotonic() < begun + DEADLINE_S:
             time.sleep(0.01)
         time.sleep(wait_s)
         process.send_signal(signal.SIGKILL)
@@ -73,7 +74,7 @@ def test_killed_runs_go_on_with_the_same_losses_and_weights(unbroken, tmp_path: 
     assert found == sorted(found)
     assert found[0] >= 5
     process = _program(tmp_path, OPTIONS)
-    assert process.communicate(timeout=120)[1] == ""
+    assert process.communicate(timeout=DEADLINE_S)[1] == ""
     _assert_same(tmp_path, unbroken[0])
     weights = load_file(tmp_path / "weights.safetensors")
     assert all(torch.allclose(weights[name], unbroken[1][name], rtol=0, atol=1e-6) for name in weights)
@@ -85,7 +86,7 @@ def test_sigterm_saves_the_last_step_and_the_run_goes_on(unbroken, tmp_path: Pat
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    errors = process.communicate(timeout=60)[1]
+    errors = process.communicate(timeout=DEADLINE_S)[1]
     assert process.returncode == 1
     (step,) = _steps_saved(tmp_path)[-1:]
     assert errors.strip() == (
@@ -134,7 +135,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path: Path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 
     process = _program(tmp_path, options, preexec_fn=limit_files)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 1
     assert errors.startswith(f"error: {tmp_path}/checkpoints: the checkpoint step-00000012 could not be written (")
     assert "a checkpoint of this run needs" in errors

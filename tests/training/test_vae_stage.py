@@ -199,6 +199,19 @@ def test_flights_that_teach_nothing_are_named():
         vae_stage(VaeConfig(window=17))
 
 
+def test_held_out_flights_without_motion_are_named_before_the_first_step():
+    still = MemoryFlights(CONFIG, (9, 9), has_motion=False)
+    with pytest.raises(StageDataError, match="vae: memory row 0 has no recorded motion"):
+        vae_stage(held_out=still)
+    weights = VaeWeights(motion_codes=0.0, motion_features=0.0)
+    assert "unexplained" in vae_stage(VaeConfig(window=5, weights=weights), held_out=still).validate()
+
+
+def test_held_out_flights_that_are_all_too_short_are_told():
+    with pytest.warns(UserWarning, match="vae: none of 2 held-out flights has the 5 frames that it needs"):
+        assert vae_stage(held_out=MemoryFlights(CONFIG, (1, 1))).validate() == {}
+
+
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_flights_without_motion_teach_everything_but_motion():
     still = MemoryFlights(CONFIG, (9, 9), has_motion=False)

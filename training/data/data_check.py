@@ -109,6 +109,7 @@ def check_rows(source: ReadFlights, limits: MotionLimits, *, show_progress: bool
         if deltas is None:
             without_motion += [row] if source.frame_count(row) > 1 else []
             continue
+        problems += [RowProblem(name, reason, "motion") for reason in _length_problems(source, row)]
         paths.append(float(np.linalg.norm(deltas[:, 3:], axis=1).sum()))
         problems += [RowProblem(name, reason, "units") for reason in motion_problems(deltas, limits)]
     if paths and without_motion:
@@ -171,6 +172,19 @@ def _stamp_problems(source: ReadFlights, row: int) -> Iterator[str]:
             at = int(np.nan_to_num(late, nan=math.inf).argmax())
             expected = at / source.info.fps
             yield f"frame {at} is stamped {stamps[at]:.3f} s, at {source.info.fps:g} fps it is {expected:.3f} s"
+
+
+def _length_problems(source: ReadFlights, row: int) -> Iterator[str]:
+    """A trajectory with another number of poses than the video has frames would be read, shifted or stretched."""
+    if not isinstance(source, VideoShards):
+        return
+    entry, logged = source.rows[row], source.trajectory(row)
+    try:
+        frames = read_video_index(entry.file).frames
+    except FlightDataError:
+        return  # the frames say so already
+    if logged is not None and logged.frames != frames:
+        yield f"{entry.trajectory}: covers {logged.frames} frames, {entry.file.name} holds {frames}"
 
 
 def _video_stamps(source: VideoShards, row: int) -> Iterator[str]:

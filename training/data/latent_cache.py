@@ -76,7 +76,7 @@ class LatentCache:
         """Tensors of a row on the CPU, None where there are none or the file is broken."""
         try:
             return load_file(self.path(key))
-        except (FileNotFoundError, SafetensorError):
+        except (OSError, SafetensorError):
             return None
 
     def write(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:

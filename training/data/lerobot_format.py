@@ -90,5 +90,5 @@ def place(root: Path, template: str, **numbers: int | str) -> Path:
     """A file of the dataset. Raises FlightDataError for a template that asks for other fields."""
     try:
         return root / template.format(**numbers)
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, TypeError) as error:
         raise FlightDataError(f"{root / INFO_FILE}: unknown path pattern {template!r} ({error})") from error

@@ -152,7 +152,12 @@ class LeRobotFlights:
         columns = ["episode_index", "tasks", "length", "data/chunk_index", "data/file_index"]
         for record in read_parquet(file, columns + (video_columns if is_video else [])).to_pylist():
             where = f"{file}: episode {record['episode_index']}"
-            texts = [without_tag(text) for text in record["tasks"] or () if isinstance(text, str)]
+            empty = [name for name, value in record.items() if value is None and name != "tasks"]
+            if empty:
+                self.skipped.append(RowProblem(where, f"nothing in {', '.join(empty)}"))
+                continue
+            tasks = [record["tasks"]] if isinstance(record["tasks"], str) else record["tasks"] or ()
+            texts = [without_tag(text) for text in tasks if isinstance(text, str)]
             if not any(texts):
                 self.skipped.append(RowProblem(where, "no instruction in `tasks`", "caption"))
                 continue

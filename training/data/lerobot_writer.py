@@ -15,8 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from worldvln_edge.poses import deltas_to_actions
-from worldvln_edge.rigid_motion import angles_of_rotations, integrate_deltas
 from worldvln_edge.training.data.flight_source import FlightSource
 from worldvln_edge.training.data.lerobot_format import (
     ACTION,
@@ -33,13 +31,21 @@ from worldvln_edge.training.data.lerobot_format import (
     VIDEO_PATH,
 )
 from worldvln_edge.training.data.lerobot_stats import Stats, column_stats, merged_image_stats, picture_stats
+from worldvln_edge.training.data.lerobot_tables import (
+    COUNTERS,
+    frames_schema,
+    frames_table,
+    motion_columns,
+    tasks_table,
+)
 from worldvln_edge.training.data.new_folder import new_folder
 from worldvln_edge.training.data.video_file import VideoWriter
 from worldvln_edge.training.sim.shards import FlightDataError
 
 _FILES_PER_CHUNK = 1000
 _DATA_MB, _VIDEO_MB = 100, 200
-_COUNTERS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+_EPISODES_TOGETHER = 1000
+"""Episodes whose descriptions are written at once: with their statistics each takes 25 kB in memory."""
 
 
 def write_lerobot(
@@ -87,7 +93,9 @@ class _DatasetWriter:
     def __init__(self, folder: Path, fps: int, robot_type: str, video_bytes: int):
         self._folder, self._fps, self._robot_type, self._video_bytes = folder, fps, robot_type, video_bytes
         self._tasks: dict[str, int] = {}
-        self._episodes: list[dict[str, Any]] = []
+        self._episodes: list[dict[str, Any]] = []  # that are not written yet
+        self._episode_count = 0
+        self._episode_file: pq.ParquetWriter | None = None
         self._columns: dict[str, list[np.ndarray]] = {}
         self._picture_stats: list[Stats] = []
         self._frames = 0
@@ -101,7 +109,11 @@ class _DatasetWriter:
         return self
 
     def __exit__(self, *failure: Any) -> None:
-        self._close_files(*failure)
+        try:
+            self._close_files(*failure)
+        finally:
+            if self._episode_file is not None and failure[0] is not None:
+                self._episode_file.close()
 
     def add(self, source: FlightSource, row: int) -> None:
         """Append an episode."""
@@ -125,9 +137,10 @@ class _DatasetWriter:
 
     def finish(self) -> None:
         """Write what describes the whole."""
-        _write_table(self._folder / TASKS_FILE, _tasks_table(self._tasks))
-        place = EPISODES_PATH.format(chunk_index=0, file_index=0)
-        _write_table(self._folder / place, pa.Table.from_pylist(self._episodes))
+        _write_table(self._folder / TASKS_FILE, tasks_table(self._tasks))
+        self._write_episodes()
+        if self._episode_file is not None:
+            self._episode_file.close()
         stats = {key: column_stats(np.concatenate(parts)) for key, parts in self._columns.items()}
         stats[CAMERA] = merged_image_stats(self._picture_stats)
         _write_json(self._folder / STATS_FILE, stats)
@@ -136,18 +149,18 @@ class _DatasetWriter:
     def _append(self, frames: np.ndarray, deltas: np.ndarray | None, instruction: str) -> None:
         assert self._video is not None
         assert self._data is not None
-        count, episode, first_in_file = len(frames), len(self._episodes), self._video.frames
+        count, episode, first_in_file = len(frames), self._episode_count, self._video.frames
         task = self._tasks.setdefault(instruction, len(self._tasks))
         for frame in frames:
             self._video.add(frame)
-        columns = _motion_columns(deltas) | {
+        columns = motion_columns(deltas) | {
             "timestamp": (np.arange(count) / self._fps).astype(np.float32),
             "frame_index": np.arange(count, dtype=np.int64),
             "episode_index": np.full(count, episode, np.int64),
             "index": np.arange(self._frames, self._frames + count, dtype=np.int64),
             "task_index": np.full(count, task, np.int64),
         }
-        self._data.write_table(_frames_table(columns))
+        self._data.write_table(frames_table(columns))
         pictures = picture_stats(frames)
         self._picture_stats.append(pictures)
         for key, values in columns.items():
@@ -173,6 +186,22 @@ class _DatasetWriter:
             }
         )
         self._frames += count
+        self._episode_count += 1
+        if len(self._episodes) >= _EPISODES_TOGETHER:
+            self._write_episodes()
+
+    def _write_episodes(self) -> None:
+        """Write the descriptions of the episodes since the last time."""
+        if not self._episodes:
+            return
+        schema = None if self._episode_file is None else self._episode_file.schema
+        table = pa.Table.from_pylist(self._episodes, schema=schema)
+        if self._episode_file is None:
+            path = self._folder / EPISODES_PATH.format(chunk_index=0, file_index=0)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._episode_file = pq.ParquetWriter(path, table.schema, compression="snappy")
+        self._episode_file.write_table(table)
+        self._episodes = []
 
     def _open_files(self) -> None:
         self._file += 1
@@ -181,7 +210,7 @@ class _DatasetWriter:
         data = self._folder / DATA_PATH.format(chunk_index=chunk, file_index=file)
         data.parent.mkdir(parents=True, exist_ok=True)
         self._video = VideoWriter(video, self._fps).__enter__()
-        self._data = pq.ParquetWriter(data, _frames_schema(self._has_motion), compression="snappy")
+        self._data = pq.ParquetWriter(data, frames_schema(self._has_motion), compression="snappy")
 
     def _close_files(self, *failure: Any) -> None:
         video, self._video = self._video, None
@@ -214,63 +243,23 @@ class _DatasetWriter:
         vectors = {STATE: STATE_NAMES, ACTION: ACTION_NAMES} if self._has_motion else {}
         features: dict[str, Any] = {CAMERA: camera}
         features |= {key: {"dtype": "float32", "shape": [6], "names": names} for key, names in vectors.items()}
-        for key in _COUNTERS:
+        for key in COUNTERS:
             features[key] = {"dtype": "float32" if key == "timestamp" else "int64", "shape": [1], "names": None}
         return {
             "codebase_version": VERSION,
             "robot_type": self._robot_type,
-            "total_episodes": len(self._episodes),
+            "total_episodes": self._episode_count,
             "total_frames": self._frames,
             "total_tasks": len(self._tasks),
             "chunks_size": _FILES_PER_CHUNK,
             "data_files_size_in_mb": _DATA_MB,
             "video_files_size_in_mb": _VIDEO_MB,
             "fps": self._fps,
-            "splits": {"train": f"0:{len(self._episodes)}"},
+            "splits": {"train": f"0:{self._episode_count}"},
             "data_path": DATA_PATH,
             "video_path": VIDEO_PATH,
             "features": features,
         }
-
-
-def _motion_columns(deltas: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Pose from the start and motion to the next frame: float32 [F, 6] each, cm and deg."""
-    if deltas is None:
-        return {}
-    positions, rotations = integrate_deltas(deltas)
-    angles = np.unwrap(angles_of_rotations(rotations), axis=0)
-    poses = np.concatenate([100 * positions, np.degrees(angles)], axis=1).astype(np.float32)
-    return {STATE: poses, ACTION: np.concatenate([deltas_to_actions(deltas), np.zeros((1, 6), np.float32)])}
-
-
-def _frames_schema(has_motion: bool) -> pa.Schema:
-    vectors = [(key, pa.list_(pa.float32(), 6)) for key in ((STATE, ACTION) if has_motion else ())]
-    counters = [(key, pa.float32() if key == "timestamp" else pa.int64()) for key in _COUNTERS]
-    return pa.schema(vectors + counters)
-
-
-def _frames_table(columns: dict[str, np.ndarray]) -> pa.Table:
-    arrays = {
-        key: pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), 6) if values.ndim == 2 else pa.array(values)
-        for key, values in columns.items()
-    }
-    return pa.table(arrays, schema=_frames_schema(STATE in columns))
-
-
-def _tasks_table(tasks: dict[str, int]) -> pa.Table:
-    """Instructions as the index of a pandas frame, which is how LeRobot looks them up."""
-    table = pa.table({"task_index": pa.array(list(tasks.values()), pa.int64()), "task": pa.array(list(tasks))})
-
-    def column(name: str, kind: str, numpy_type: str) -> dict[str, Any]:
-        return {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": numpy_type, "metadata": None}
-
-    pandas = {
-        "index_columns": ["task"],
-        "column_indexes": [],
-        "columns": [column("task_index", "int64", "int64"), column("task", "unicode", "object")],
-        "pandas_version": "2.2.0",
-    }
-    return table.replace_schema_metadata({"pandas": msgspec.json.encode(pandas)})
 
 
 def _write_table(path: Path, table: pa.Table) -> None:

@@ -22,7 +22,12 @@ def new_folder(out: Path, marker: str) -> Iterator[Path]:
     Raises:
         FolderInUseError: `out` is a file, or holds something.
     """
-    if out.is_dir() and any(out.iterdir()):
-        raise FolderInUseError(f"{out} holds files already; give an empty or a new folder")
+    _refuse_used(out)
     with atomic_directory(out, marker) as building:
         yield building
+        _refuse_used(out)  # a conversion takes hours: another one may have been faster
+
+
+def _refuse_used(out: Path) -> None:
+    if out.is_dir() and any(out.iterdir()):
+        raise FolderInUseError(f"{out} holds files already; give an empty or a new folder")

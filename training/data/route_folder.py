@@ -34,7 +34,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     instruction: str
     length_unit: Literal["cm", "m"] | None
     """As `meta.json` says it; None where it does not."""
-    pictures: tuple[Path, ...]
+    pictures: int
+    """How many there are. Their names are listed when they are read: those of many long routes fill the memory."""
     frames: tuple[int, ...]
     """Pictures that the row shows."""
 
@@ -79,8 +80,7 @@ class RouteFolder:
         return len(self.routes)
 
     def key(self, row: int) -> str:
-        route = self.routes[row]
-        return content_key([route.pictures[i] for i in route.frames], route.frames, self.image_hw)
+        return content_key(self._shown(row), self.routes[row].frames, self.image_hw)
 
     def name(self, row: int) -> str:
         return str(self.routes[row].folder)
@@ -90,8 +90,7 @@ class RouteFolder:
 
     def frames(self, row: int) -> np.ndarray:
         """uint8 RGB [F, H, W, 3]. Raises FlightDataError that names the picture."""
-        route = self.routes[row]
-        return read_pictures([route.pictures[i] for i in route.frames], self.image_hw)
+        return read_pictures(self._shown(row), self.image_hw)
 
     def instruction(self, row: int, generator: torch.Generator | None = None) -> str:
         return self.routes[row].instruction
@@ -106,18 +105,28 @@ class RouteFolder:
         raw, preprocessed = route.folder / RAW_LOGS, route.folder / _PREPROCESSED
         if raw.is_file() and read_json(raw):  # an empty list says nothing
             logged = read_trajectory(raw, layout="pose6", units=_units(route.length_unit or "cm"))
-            if logged.frames >= len(route.pictures):
+            if logged.frames >= route.pictures:
                 return logged.deltas(route.frames)
             if logged.frames > 1 and not preprocessed.is_file():
-                raise FlightDataError(f"{raw}: {logged.frames} poses for {len(route.pictures)} pictures")
+                raise FlightDataError(f"{raw}: {logged.frames} poses for {route.pictures} pictures")
         if not preprocessed.is_file():
             return None
         if route.length_unit is None:
             raise FlightDataError(f'{preprocessed}: cm or m? Write "units": "cm" or "m" into {META}')
         logged = read_trajectory(preprocessed, layout="pose6", units=_units(route.length_unit))
-        if logged.frames < len(route.pictures):
-            raise FlightDataError(f"{preprocessed}: {logged.frames} poses for {len(route.pictures)} pictures")
+        if logged.frames < route.pictures:
+            raise FlightDataError(f"{preprocessed}: {logged.frames} poses for {route.pictures} pictures")
         return logged.deltas(route.frames)
+
+    def _shown(self, row: int) -> list[Path]:
+        """Pictures of a row. Raises FlightDataError where pictures came or went since the folder was opened."""
+        route = self.routes[row]
+        pictures = list_pictures(route.folder / IMAGES)
+        if len(pictures) != route.pictures:
+            raise FlightDataError(
+                f"{route.folder / IMAGES}: {len(pictures)} pictures, there were {route.pictures}; start again"
+            )
+        return [pictures[i] for i in route.frames]
 
     def _read_route(self, folder: Path) -> Route:
         meta = read_json(folder / META)
@@ -127,7 +136,7 @@ class RouteFolder:
             folder=folder,
             instruction=_prompt(meta, folder / META),
             length_unit=_length_unit(meta, folder / META),
-            pictures=tuple(pictures),
+            pictures=len(pictures),
             frames=frames,
         )
 

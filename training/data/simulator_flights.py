@@ -45,10 +45,16 @@ class SimulatorFlights:
         self._maps: dict[Path, np.ndarray] = {}
         for shard in list_shards(self.folder):
             arrays = read_shard(shard, _ARRAYS[1:])
-            deltas = actions_to_deltas(arrays["actions"])
+            actions, instructions = arrays["actions"], arrays["instructions"]
+            if actions.ndim != 3 or actions.shape[2] != 6 or len(instructions) != len(actions):
+                raise FlightDataError(
+                    f"{shard}: actions {list(actions.shape)} and {len(instructions)} instructions, wanted [N, F-1, 6] "
+                    "and N; delete it and generate again"
+                )
+            deltas = actions_to_deltas(actions)
             if not is_clip_length(deltas.shape[1] + 1):
                 raise FlightDataError(f"{shard}: flights of {deltas.shape[1] + 1} frames, which is not 4k+1")
-            self._instructions += [str(text) for text in arrays["instructions"]]
+            self._instructions += [str(text) for text in instructions]
             self._deltas += list(deltas)
             self._places += [(shard, i) for i in range(len(deltas))]
 
@@ -71,6 +77,8 @@ class SimulatorFlights:
         shard, i = self._places[row]
         if shard not in self._maps:
             self._maps[shard] = map_frames(shard)
+        if i >= len(self._maps[shard]):
+            raise FlightDataError(f"{self.name(row)}: the shard holds frames of {len(self._maps[shard])} flights")
         frames = np.array(self._maps[shard][i])
         if len(frames) != self.frame_count(row):
             raise FlightDataError(f"{self.name(row)}: {len(frames)} frames for {len(self._deltas[row])} actions")
@@ -80,8 +88,11 @@ class SimulatorFlights:
         return self._instructions[row]
 
     def deltas(self, row: int) -> np.ndarray:
-        """float32 [F-1, 6]."""
-        return self._deltas[row]
+        """float32 [F-1, 6]. Raises FlightDataError that names the flight where they are not finite."""
+        deltas = self._deltas[row]
+        if not np.isfinite(deltas).all():
+            raise FlightDataError(f"{self.name(row)}: actions that are not finite; generate the shard again")
+        return deltas
 
     def broken_shards(self) -> list[RowProblem]:
         """Shards whose checksums are wrong, which reading row by row does not look at."""

@@ -109,8 +109,13 @@ def read_trajectory(path: Path, *, layout: Layout | None = None, units: Trajecto
     if found is not None:
         if layout not in (None, found):
             raise FlightDataError(f"{path}: holds action6, which is {found}, but the manifest says {layout}")
-        layout = found
-        units = units or _units_of_names(content)
+        layout, named = found, _units_of_names(content)
+        if named is not None and units not in (None, named):
+            raise FlightDataError(
+                f"{path}: its columns are named in {named.length} and {named.angle}, but the manifest says "
+                f"{units.length} and {units.angle}; correct one of them"
+            )
+        units = units or named
     if layout is None or units is None:
         raise FlightDataError(f"{path}: does not say its layout and units; {_HOW} in the manifest or the JSONL row")
     return trajectory_of_rows(_numbers(rows_as_read, path, layout, is_exact=False), layout, units, path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,7 +65,7 @@ def convert_uav_flow(
         for flight, rows in tqdm(places.items(), unit="flight", disable=not show_progress):
             where = f"{rows[0][1][0]}: flight {flight}"
             try:
-                frames, caption, poses = _read_flight(reader, [place for _, place in sorted(rows)])
+                frames, caption, poses = _read_flight(reader, _in_order(rows))
             except FlightDataError as error:
                 problems.append(RowProblem(where, str(error)))
                 continue
@@ -89,7 +90,7 @@ def check_uav_flow(root: Path, *, show_progress: bool = True) -> tuple[int, list
     problems: list[RowProblem] = []
     for flight, rows in tqdm(places.items(), unit="flight", disable=not show_progress):
         try:
-            _read_flight(reader, [place for _, place in sorted(rows)])
+            _read_flight(reader, _in_order(rows))
         except FlightDataError as error:
             problems.append(RowProblem(f"{rows[0][1][0]}: flight {flight}", str(error)))
     return len(places), problems
@@ -115,8 +116,25 @@ def _flights(root: Path) -> dict[str, list[tuple[int, _Place]]]:
                 for i, (flight, frame) in enumerate(_pairs(table)):
                     if flight is None or frame is None:
                         raise FlightDataError(f"{path}: row {i} of group {group} has no id or frame_idx")
-                    flights[str(flight)].append((int(frame), (path, group, i)))
+                    number = _frame_number(frame, f"{path}: row {i} of group {group}")
+                    flights[str(flight)].append((number, (path, group, i)))
     return flights
+
+
+def _frame_number(value: Any, where: str) -> int:
+    try:
+        return int(value)
+    except ValueError as error:
+        raise FlightDataError(f"{where}: frame_idx {str(value)[:40]!r} is no number") from error
+
+
+def _in_order(rows: list[tuple[int, _Place]]) -> list[_Place]:
+    """Places by frame number. Raises FlightDataError where a number comes twice, as in files that were copied."""
+    ordered = sorted(rows)
+    for (number, first), (again, second) in pairwise(ordered):
+        if number == again:
+            raise FlightDataError(f"frame_idx {number} comes twice, in {first[0].name} and {second[0].name}")
+    return [place for _, place in ordered]
 
 
 def _pairs(table: pa.Table) -> Iterator[tuple[Any, Any]]:

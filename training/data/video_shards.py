@@ -7,7 +7,7 @@ Source: spec/training.md 1.1 (fields, lookup), 1.2 (frames), 1.3 (captions).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,13 +25,13 @@ from worldvln_edge.training.data.frame_selection import (
     select_frames,
 )
 from worldvln_edge.training.data.row_problem import RowProblem
-from worldvln_edge.training.data.trajectory_file import Layout, TrajectoryUnits, read_trajectory
+from worldvln_edge.training.data.trajectory_file import Layout, Trajectory, TrajectoryUnits, read_trajectory
 from worldvln_edge.training.data.video_file import decode_frames, read_video_index
 from worldvln_edge.training.sim.shards import FlightDataError
 
 
 class _SharedFields(msgspec.Struct, kw_only=True):
-    quality_prompt: str = ""
+    quality_prompt: str | None = None
     force_h_div_w_template: float | None = None
 
 
@@ -54,8 +54,8 @@ class _ImageFields(_SharedFields, kw_only=True):
     """What a row with an image must have, and one of its two texts."""
 
     image_path: Annotated[str, msgspec.Meta(min_length=1)]
-    text: str = ""
-    long_caption: str = ""
+    text: str | None = None
+    long_caption: str | None = None
 
 
 class MediaRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,8 +64,8 @@ class MediaRow(msgspec.Struct, frozen=True, kw_only=True):
     where: str
     """File and line."""
     file: Path
-    frames: tuple[int, ...]
-    """Of the video; (0,) of an image."""
+    frames: Sequence[int]
+    """Of the video; 0 alone of an image."""
     caption: str
     second_caption: str
     quality_prompt: str
@@ -150,14 +150,21 @@ class VideoShards:
         Raises:
             FlightDataError: a trajectory that cannot be read or ends before the last frame.
         """
+        entry, logged = self.rows[row], self.trajectory(row)
+        if logged is None:
+            return None
+        try:
+            return logged.deltas(entry.frames)
+        except IndexError as error:
+            raise FlightDataError(f"{entry.where}: {entry.trajectory}: {error}") from error
+
+    def trajectory(self, row: int) -> Trajectory | None:
+        """Motion of the whole video, None where the row names none. Raises FlightDataError: it cannot be read."""
         entry = self.rows[row]
         if entry.trajectory is None:
             return None
         try:
-            logged = read_trajectory(entry.trajectory, layout=entry.traj_layout, units=entry.traj_units)
-            return logged.deltas(entry.frames)
-        except IndexError as error:
-            raise FlightDataError(f"{entry.where}: {entry.trajectory}: {error}") from error
+            return read_trajectory(entry.trajectory, layout=entry.traj_layout, units=entry.traj_units)
         except FlightDataError as error:
             raise FlightDataError(f"{entry.where}: {error}") from error
 
@@ -177,13 +184,13 @@ class VideoShards:
         self, where: str, fields: _VideoFields, content: dict[str, Any], folder: Path
     ) -> MediaRow | RowProblem:
         config = self.captions
-        caption, second = content.get(config.caption_field), content.get(config.second_field, "")
+        caption, second = content.get(config.caption_field), content.get(config.second_field)
         if not isinstance(caption, str) or not without_tag(caption):
             texts = sorted(k for k, v in content.items() if isinstance(v, str) and k != "video_path")
             return RowProblem(
                 where, f'no text in "{config.caption_field}"; the row has text in: {", ".join(texts) or "-"}', "caption"
             )
-        if not isinstance(second, str):
+        if not isinstance(second, str | None):
             return RowProblem(where, f'"{config.second_field}" is not text', "caption")
         video = _place(fields.video_path, folder)
         try:
@@ -195,10 +202,10 @@ class VideoShards:
         return MediaRow(
             where=where,
             file=video,
-            frames=frames,
+            frames=_short(frames),
             caption=caption,
-            second_caption=second,
-            quality_prompt=fields.quality_prompt,
+            second_caption=second or "",
+            quality_prompt=fields.quality_prompt or "",
             fps=fields.fps,
             trajectory=_place(fields.gt_pose_json, folder) if fields.gt_pose_json else None,
             traj_layout=fields.traj_layout,
@@ -231,17 +238,24 @@ def _fields_of(content: Any) -> _VideoFields | _ImageFields:
 
 
 def _image_row(where: str, fields: _ImageFields, folder: Path) -> MediaRow | RowProblem:
-    if not (without_tag(fields.long_caption) or without_tag(fields.text)):
+    long_caption, text = fields.long_caption or "", fields.text or ""
+    if not (without_tag(long_caption) or without_tag(text)):
         return RowProblem(where, 'no text in "long_caption" or "text"', "caption")
     return MediaRow(
         where=where,
         file=_place(fields.image_path, folder),
         frames=(0,),
-        caption=fields.long_caption,
-        second_caption=fields.text,
-        quality_prompt=fields.quality_prompt,
+        caption=long_caption,
+        second_caption=text,
+        quality_prompt=fields.quality_prompt or "",
         fps=None,
     )
+
+
+def _short(frames: tuple[int, ...]) -> Sequence[int]:
+    """The same numbers; neighbours as a range, so that 100,000 rows do not hold five million numbers."""
+    span = range(frames[0], frames[-1] + 1)
+    return span if frames == tuple(span) else frames
 
 
 def nearest_aspect(aspect: float) -> float:

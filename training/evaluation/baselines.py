@@ -65,6 +65,13 @@ def read_action_tables(folder: Path) -> ActionTables:
             raise FlightDataError(
                 f"{shard}: actions {list(part.shape)}; expected [flights, steps, 6], as in the others"
             )
+        if not len(part) == len(names) == len(numbers):
+            raise FlightDataError(
+                f"{shard}: {len(part)} actions, {len(names)} kinds and {len(numbers)} magnitudes; delete it and "
+                "generate again"
+            )
+        if not np.isfinite(part).all():
+            raise FlightDataError(f"{shard}: actions that are not finite; delete it and generate again")
         actions.append(part.astype(np.float64))
         kinds += [str(name) for name in names]
         magnitudes += [_rounded(row[np.isfinite(row)].tolist()) for row in numbers]

@@ -29,7 +29,7 @@ def ensure_bundle(checkpoint: Path, bundle: Path) -> None:
     """Export `checkpoint` to `bundle`, unless a whole bundle of this very checkpoint and exporter lies there.
 
     Args:
-        checkpoint: folder; all files directly in it count.
+        checkpoint: folder; all files directly in it count, except for its model card (Markdown).
         bundle: folder; a bundle there is replaced.
 
     Raises:
@@ -46,7 +46,7 @@ def ensure_bundle(checkpoint: Path, bundle: Path) -> None:
 
 def bundle_source(checkpoint: Path) -> dict[str, Any]:
     """What a bundle is made from, as JSON: the checkpoint's files, the exporter's code, the packages it uses."""
-    files = sorted(path for path in checkpoint.iterdir() if path.is_file())
+    files = sorted(path for path in checkpoint.iterdir() if path.is_file() and path.suffix != ".md")
     return {
         "checkpoint": {path.name: file_entry(path).sha256 for path in files},
         "code": code_sha256(),

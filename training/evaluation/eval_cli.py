@@ -1,4 +1,4 @@
-"""`worldvln-edge eval`."""
+"""`worldvln-edge eval`: fly and compare; and its subcommands `acceptance` and `card`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import click
+from click.core import ParameterSource
 
 from worldvln_edge.command_options import (
     also_option,
@@ -15,12 +16,14 @@ from worldvln_edge.command_options import (
     own_profiles_option,
     seed_option,
 )
+from worldvln_edge.training.evaluation.acceptance_cli import acceptance_command
+from worldvln_edge.training.evaluation.card_cli import card_command
 from worldvln_edge.training.profile_options import own_profiles, profile_option, refuse_without_bundle
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
-@click.command("eval")
+@click.group("eval", invoke_without_command=True, subcommand_metavar="[COMMAND [ARGS]...]")
 @click.option("--bundle", type=_FOLDER, help="Fly this bundle in process.")
 @click.option("--checkpoint", type=_FOLDER, help="Export this checkpoint to OUT/bundle, and fly that.")
 @click.option("--server", metavar="URL", help="Fly through this server.")
@@ -65,7 +68,9 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 @key_file_option("the first is sent")
 @ca_file_option
 @json_option("Print eval.json instead of the tables.")
+@click.pass_context
 def eval_command(
+    context: click.Context,
     bundle: Path | None,
     checkpoint: Path | None,
     server: str | None,
@@ -92,6 +97,9 @@ def eval_command(
 
     Example: worldvln-edge eval --bundle runs/demo/bundle --count 100 --train-flights runs/flights/train
     """
+    if context.invoked_subcommand is not None:
+        _refuse_own_options(context)
+        return
     if sum(choice is not None for choice in (bundle, checkpoint, server)) != 1:
         raise click.UsageError("give one of --bundle DIR, --checkpoint DIR and --server URL")
     refuse_without_bundle(bundle or checkpoint, profile, profile_file, also)
@@ -160,6 +168,19 @@ def eval_command(
         click.echo(msgspec.json.encode(run.record).decode())
         return
     click.echo(run.text + "\n\n" + "\n".join(str(path) for path in run.files))
+
+
+eval_command.add_command(acceptance_command)
+eval_command.add_command(card_command)
+
+
+def _refuse_own_options(context: click.Context) -> None:
+    """Options in front of a subcommand would do nothing."""
+    given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        raise click.UsageError(
+            f"options of flying do nothing for `eval {context.invoked_subcommand}`; write its own behind its name"
+        )
 
 
 def _first_key(key_file: Path | None) -> str | None:

@@ -123,6 +123,7 @@ def run_evaluation(
         "policy": policy.name,
         "split": config.split,
         "first": config.first,
+        "success": tasks[0].success,
         "train_flights": None if tables is None else tables.flights,
     }
     if finished is not None:

@@ -23,7 +23,6 @@ from tempfile import TemporaryDirectory
 
 import msgspec
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from worldvln_edge.models.worldvln import Checkpoint, load_checkpoint
@@ -31,20 +30,24 @@ from worldvln_edge.runtime.bench.report_table import Part
 from worldvln_edge.runtime.worldvln.tokenizer import PromptTokenizer
 from worldvln_edge.training.data.flight_source import FlightSource
 from worldvln_edge.training.data.simulator_flights import SimulatorFlights
-from worldvln_edge.training.evaluation.open_loop_tables import Metrics, open_loop_parts
-from worldvln_edge.training.evaluation.shuffled_flights import ShuffledFlights
+from worldvln_edge.training.evaluation.acceptance import acceptance_lines
+from worldvln_edge.training.evaluation.acceptance_tables import acceptance_table
+from worldvln_edge.training.evaluation.open_loop_tables import Metrics, chain_parts
 from worldvln_edge.training.sim.shards import SETTINGS_FILE
 from worldvln_edge.training.stages.action_stage import ActionStage, ActionStageConfig
 from worldvln_edge.training.stages.adapter import AdapterStage, AdapterStageConfig
 from worldvln_edge.training.stages.backbone_rows import LatentSet
 from worldvln_edge.training.stages.backbone_stage import BackboneConfig, BackboneStage
 from worldvln_edge.training.stages.decoder_features import DecoderFeatures
+from worldvln_edge.training.stages.flight_latents import encode_flights
 from worldvln_edge.training.stages.flight_prediction import WorldModelPredictor
 from worldvln_edge.training.stages.flight_subset import FlightSubset
 from worldvln_edge.training.stages.rgb_stage import RgbStage, RgbStageConfig
-from worldvln_edge.training.stages.vae import MotionReadouts, frames_to_video
+from worldvln_edge.training.stages.shuffled_flights import ShuffledFlights
+from worldvln_edge.training.stages.vae import MotionReadouts
 from worldvln_edge.training.stages.vae_stage import VaeConfig, VaeStage, VaeWeights
 from worldvln_edge.training.stages.vae_windows import measure_targets
+from worldvln_edge.training.trainer.run_folder import RUN_FILE
 
 _ROWS_TOGETHER = 8
 
@@ -60,14 +63,15 @@ class OpenLoopReport(msgspec.Struct, frozen=True, kw_only=True):
     split: str
     """Of the flights; `train` measures memory, not skill."""
     seed: int
+    is_adapter_distilled: bool
+    """Whether the checkpoint's adapter learnt from the RGB head's patch embedding in a stage of its own."""
     vae: Metrics
     backbone: Metrics
     adapter: Metrics
     """Against the RGB head's patch embedding, which it learns from where it is distilled; where it was trained with
     the action head alone it need not be like it. Empty without an RGB head of the same tokens."""
     action: Metrics
-    """Without prefix and `segment_`: true latents; `predicted_`: predicted latents; `shuffled_`: decoder features in a
-    random order, which still hold the motion that the VAE saw in its clips of frames."""
+    """Without prefix and `segment_`: true latents; `predicted_`: predicted latents."""
     teacher_forced: Metrics
     """`predicted_` of the same head, with the true coarser scales shown."""
     shuffled: Metrics
@@ -78,18 +82,10 @@ class OpenLoopReport(msgspec.Struct, frozen=True, kw_only=True):
 
     def parts(self) -> list[Part]:
         """Sentences and tables."""
-        title = f"Open loop on {self.flights} recorded flights of the split {self.split}:"
         return [
-            title,
-            *open_loop_parts(
-                self.vae,
-                self.backbone,
-                self.adapter,
-                self.action,
-                self.teacher_forced,
-                self.shuffled,
-                self.rgb_head,
-            ),
+            f"Open loop on {self.flights} recorded flights of the split {self.split}:",
+            acceptance_table(acceptance_lines(self)),
+            *chain_parts(self.backbone, self.action, self.teacher_forced, self.rgb_head),
         ]
 
 
@@ -131,6 +127,7 @@ def measure_open_loop(
             flights=count,
             split=_split(flights),
             seed=seed,
+            is_adapter_distilled=_has_stage(checkpoint, AdapterStage.name),
             vae=stage("vae", networks.vae()),
             backbone=stage("backbone", networks.backbone()),
             adapter=stage("adapter", networks.adapter()),
@@ -170,7 +167,10 @@ class _Networks:
 
     def backbone(self) -> Mapping[str, float]:
         texts = [self.flights.instruction(row) for row in range(self._count)]
-        latents = torch.cat([self._latents(first) for first in range(0, self._count, _ROWS_TOGETHER)])
+        parts = [
+            range(first, min(first + _ROWS_TOGETHER, self._count)) for first in range(0, self._count, _ROWS_TOGETHER)
+        ]
+        latents = torch.cat([encode_flights(self._model.vae, self.flights, rows) for rows in parts])
         held_out = LatentSet(latents, texts)
         stage = BackboneStage(
             BackboneConfig(micro_rows=_ROWS_TOGETHER, held_out_rows=self._count),
@@ -258,11 +258,14 @@ class _Networks:
             features.prepare(batch=_ROWS_TOGETHER)
             yield features
 
-    @torch.no_grad()
-    def _latents(self, first: int) -> Tensor:
-        rows = range(first, min(first + _ROWS_TOGETHER, self._count))
-        video = frames_to_video(torch.stack([torch.from_numpy(self.flights.frames(row)) for row in rows]))
-        return self._model.vae.raw_features(self._model.vae.encode(video)[0])
+
+def _has_stage(checkpoint: Path, stage: str) -> bool:
+    """Whether the checkpoint was made by a run with that stage; what says nothing of its stages had none."""
+    try:
+        runs = json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return False
+    return isinstance(runs, dict) and stage in runs
 
 
 def _split(flights: Path) -> str:

@@ -39,7 +39,13 @@ class ServerProcess:
 
 @contextmanager
 def serve_bundle(
-    bundle: Path, log: Path, *, profile: str = EXACT, profile_file: Path | None = None, also: Sequence[Path] = ()
+    bundle: Path,
+    log: Path,
+    *,
+    profile: str = EXACT,
+    profile_file: Path | None = None,
+    also: Sequence[Path] = (),
+    record: Path | None = None,
 ) -> Iterator[ServerProcess]:
     """Serve on a free loopback port; the server is stopped when the block ends.
 
@@ -49,6 +55,7 @@ def serve_bundle(
         profile: generation profile of its sessions.
         profile_file: JSON file with profiles of one's own.
         also: other exports of the same checkpoint, for profiles that name their precision.
+        record: folder for recordings of its sessions; None: they are not recorded.
 
     Raises:
         ServedBundleError: it ended, or was not ready in time.
@@ -58,6 +65,8 @@ def serve_bundle(
         options += ["--profiles", str(profile_file)]
     for other in also:
         options += ["--also", str(other)]
+    if record is not None:
+        options += ["--record", str(record)]
     command = [sys.executable, "-m", "worldvln_edge", "serve", str(bundle), *options]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)

@@ -1,29 +1,16 @@
-"""`worldvln-edge sim`: tasks and expert flights from the simulator. Heavy imports happen inside the commands."""
+"""`worldvln-edge sim tasks` and `sim flights`. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
-
-if TYPE_CHECKING:
-    from worldvln_edge.poses import BodyOrder
 
 _SPLITS = click.Choice(["train", "validation", "test"])
 
 
-@click.group()
-def sim() -> None:
-    """Simulator: generate tasks and expert flights, serve it over HTTP.
-
-    Example: worldvln-edge sim tasks --split test --count 90 --out tasks.json
-    """
-
-
-@sim.command()
+@click.command()
 @click.option("--split", type=_SPLITS, default="test", show_default=True, help="Splits share neither tasks nor scenes.")
 @click.option("--count", type=click.IntRange(min=1), required=True, help="Tasks in all; kinds take turns, 18 of them.")
 @click.option("--first", type=click.IntRange(min=0), default=0, show_default=True, help="Index of the first task.")
@@ -50,60 +37,7 @@ def tasks(split: str, count: int, first: int, dynamics: str, out: Path, as_json:
         click.echo(f"{out}: {count} tasks of {kinds} kinds")
 
 
-@sim.command()
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True, help="0 takes a free one.")
-@click.option(
-    "--tasks",
-    "task_root",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of task files, one a task, that requests name by task_id.",
-)
-@click.option("--family", type=click.Choice(["city", "rooms"]), default="city", show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Scene of tasks that name none.")
-@click.option("--image-size", type=click.IntRange(8, 1024), default=256, show_default=True, help="Rows and columns.")
-@click.option(
-    "--order",
-    type=click.Choice(["trans_first", "yaw_first", "midpoint"]),
-    default="trans_first",
-    show_default=True,
-    help="Heading of an action's translation; the research simulator uses yaw_first.",
-)
-@click.option("--allow-remote", is_flag=True, help="Listen beyond this machine; the service asks for no key.")
-def serve(
-    host: str,
-    port: int,
-    task_root: Path | None,
-    family: str,
-    seed: int,
-    image_size: int,
-    order: BodyOrder,
-    allow_remote: bool,
-) -> None:
-    """Serve the simulator over HTTP to rollouts and evaluators, one session at a time, until SIGTERM.
-
-    Example: worldvln-edge sim serve --port 8765 --tasks runs/tasks
-    """
-    import signal
-
-    from worldvln_edge.tasks import SceneRef
-    from worldvln_edge.training.sim.http_service import SimulatorServer
-    from worldvln_edge.training.sim.service import SimulatorServiceConfig
-
-    config = SimulatorServiceConfig(
-        image_hw=(image_size, image_size),
-        scene=SceneRef(family=family, seed=seed),
-        task_root=task_root,
-        order=order,
-    )
-    with SimulatorServer(config, host, port, allow_remote=allow_remote) as server:
-        click.echo(f"the simulator is ready at http://{host}:{server.server_port}", err=True)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-        with contextlib.suppress(KeyboardInterrupt):
-            server.serve_forever()
-
-
-@sim.command()
+@click.command()
 @click.option("--split", type=_SPLITS, default="train", show_default=True)
 @click.option("--count", type=click.IntRange(min=1), required=True, help="Flights in all, tasks 0 to count-1.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the shards.")

@@ -9,7 +9,7 @@ Source: spec/session_protocol.md 3, 5; spec/training.md 8.6.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -71,7 +71,7 @@ class Simulator:
         tracking: TrackingConfig | None = None,
         wind: WindConfig | None = None,
         order: BodyOrder = "trans_first",
-        camera: CameraConfig | None = None,
+        camera: CameraConfig | DroneCamera | None = None,
     ):
         """
         Args:
@@ -80,7 +80,8 @@ class Simulator:
             dynamics: `kinematic` or `tracked`.
             tracking, wind: only used by `tracked`.
             order: which heading a step's translation uses.
-            camera: lens and tilt; its `image_hw` is replaced by `image_hw`.
+            camera: lens and tilt; its `image_hw` is replaced by `image_hw`. A `DroneCamera` of this scene model is
+                shared with its owner, who closes it; its own `image_hw` counts.
 
         Raises:
             ValueError: unknown dynamics, or wind without `tracked`.
@@ -90,15 +91,16 @@ class Simulator:
             raise ValueError(f"unknown dynamics {dynamics!r}; known: kinematic, tracked")
         if wind is not None and dynamics == "kinematic":
             raise ValueError("wind moves only a tracked drone; use dynamics='tracked' or leave wind out")
-        lens = camera or CameraConfig()
         self.scene_model = scene if isinstance(scene, SceneModel) else SceneModel(scene)
         self.dynamics = dynamics
         self._gains = (tracking or TrackingConfig()).gains
         self._wind_config = wind or WindConfig()
         self._order: BodyOrder = order
-        self._camera = DroneCamera(
-            self.scene_model,
-            CameraConfig(image_hw=image_hw, fovy_deg=lens.fovy_deg, pitch_down_deg=lens.pitch_down_deg),
+        self._owns_camera = not isinstance(camera, DroneCamera)
+        self._camera = (
+            camera
+            if isinstance(camera, DroneCamera)
+            else DroneCamera(self.scene_model, replace(camera or CameraConfig(), image_hw=image_hw))
         )
         self._poses: list[np.ndarray] = []
         self._setpoint = np.zeros(6)
@@ -144,6 +146,11 @@ class Simulator:
             ValueError: the action is not 6 finite numbers.
             RuntimeError: `reset` was not called.
         """
+        pose, collided = self.fly(action)
+        return Observation(self._camera.render(pose), pose, collided)
+
+    def fly(self, action: Sequence[float] | np.ndarray) -> tuple[np.ndarray, bool]:
+        """As `step`, without looking: the achieved pose, float64 [6], and whether this step collided."""
         if not self._poses:
             raise RuntimeError("the drone stands nowhere yet; call reset(pose) before step(action)")
         delta = _six_numbers(action, "an action")
@@ -151,7 +158,11 @@ class Simulator:
         self._setpoint = apply_action(self._setpoint, delta, order=self._order)
         pose = self._setpoint.copy() if self.dynamics == "kinematic" else self._follow(before)
         self._poses.append(pose)
-        return Observation(self._camera.render(pose), pose.copy(), self._hits_something(before, pose))
+        return pose.copy(), self._hits_something(before, pose)
+
+    def look(self) -> np.ndarray:
+        """The frame at the drone's pose: uint8 RGB [H, W, 3]."""
+        return self._camera.render(self._poses[-1])
 
     @property
     def pose(self) -> np.ndarray:
@@ -169,8 +180,9 @@ class Simulator:
         return actions_between(self.poses)
 
     def close(self) -> None:
-        """Free the camera; may be called twice."""
-        self._camera.close()
+        """Free the camera, unless it is shared; may be called twice."""
+        if self._owns_camera:
+            self._camera.close()
 
     def __enter__(self) -> Simulator:
         return self

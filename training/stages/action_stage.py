@@ -31,7 +31,7 @@ from worldvln_edge.training.stages.motion_loss import (
     logged_errors,
     motion_terms,
 )
-from worldvln_edge.training.stages.motion_validation import MotionValidation, shuffled_frames
+from worldvln_edge.training.stages.motion_validation import MotionValidation
 from worldvln_edge.training.stages.row_plan import RowPlan, held_out_deltas, recorded_deltas, require
 from worldvln_edge.training.trainer.stage import MicroBatch, ParameterGroup, row_generator
 
@@ -107,6 +107,7 @@ class ActionStage:
         stats: label statistics; None computes them from the training flights. Kept in `stats`.
         vae: that of `features`; needed if `vae_rate` is above 0.
         held_out: the same of other flights.
+        shuffled: control: true latents of the held-out flights as `ShuffledFlights`. None: it is not measured.
 
     Raises:
         ConfigError: options that do not fit each other.
@@ -126,13 +127,14 @@ class ActionStage:
         stats: LabelStats | None = None,
         vae: VideoVAE | None = None,
         held_out: DecoderFeatures | None = None,
+        shuffled: DecoderFeatures | None = None,
     ):
         if training.predicted_share and not features.has_predictions:
             raise ConfigError("action.predicted_share needs features with a predictor (a trained world model), or 0")
         if training.vae_rate and (vae is None or features.keep != "codes"):
             raise ConfigError("action.vae_rate trains the decoder: keep codes, not features, and pass the VAE; or 0")
         self._config, self._features, self._training, self._seed = config, features, training, seed
-        self._window, self._held_out = head.config.latent_head.window, held_out
+        self._window, self._held_out, self._shuffled = head.config.latent_head.window, held_out, shuffled
         self.network = nn.ModuleDict({"head": head})
         if vae is not None:
             vae.requires_grad_(False)
@@ -178,6 +180,9 @@ class ActionStage:
     def plan(self, epoch: int) -> Sequence[Sequence[MicroBatch]]:
         return self._plan.steps(epoch)
 
+    def row_name(self, row: int) -> str:
+        return self._features.flights.name(row)
+
     def load(self, epoch: int, rows: MicroBatch) -> list[MotionRow]:
         return [self._load_row(row, row_generator(self._seed, epoch, row)) for row in rows]
 
@@ -220,19 +225,15 @@ class ActionStage:
         report = MotionValidation(self._config, self.stats)
         for row, deltas in self._held_out_deltas.items():
             flight = self._held_out.decode(self._held_out.load(row))
-            whole, ahead = whole_run(flight.true.shape[1]), None
-            order = shuffled_frames(row, whole.count).to(flight.true.device)
+            whole, ahead, control = whole_run(flight.true.shape[1]), None, None
             if flight.predicted is not None:
                 ahead = [
                     self._motion(gather_run(flight.true, flight.predicted, run), run)[run.observed - run.first :]
                     for run in segment_runs(whole.count, self._config)
                 ]
-            report.add(
-                deltas,
-                self._motion(flight.true, whole),
-                self._motion(flight.true[:, order], whole),
-                ahead,
-            )
+            if self._shuffled is not None:
+                control = self._motion(self._shuffled.decode(self._shuffled.load(row)).true, whole)
+            report.add(deltas, self._motion(flight.true, whole), shuffled_N6=control, ahead=ahead)
         return report.metrics()
 
     def _load_row(self, row: int, generator: torch.Generator) -> MotionRow:

@@ -109,7 +109,9 @@ class AdapterStage:
             step_rows=training.step_rows,
             micro_rows=training.micro_rows,
         )
-        self._held_out_rows = held_out_rows(held_out.flights if held_out else None, training.held_out_rows, shortest=1)
+        self._held_out_rows = held_out_rows(
+            held_out.flights if held_out else None, training.held_out_rows, shortest=1, stage=self.name
+        )
         self.epoch_started(0)
 
     def epoch_started(self, epoch: int) -> None:
@@ -117,6 +119,9 @@ class AdapterStage:
 
     def plan(self, epoch: int) -> Sequence[Sequence[MicroBatch]]:
         return self._plan.steps(epoch)
+
+    def row_name(self, row: int) -> str:
+        return self._features.flights.name(row)
 
     def load(self, epoch: int, rows: MicroBatch) -> AdapterBatch:
         flights, images = [], []
@@ -141,7 +146,7 @@ class AdapterStage:
         for flight, images in zip(batch.flights, batch.images, strict=True):
             student, teacher = self._tokens(flight, images)
             terms = distillation_terms(student.flatten(0, 1), teacher.flatten(0, 1), tuple(self.coefficients))
-            totals = {name: totals.get(name, 0) + term for name, term in terms.items()}
+            totals |= {name: totals[name] + term if name in totals else term for name, term in terms.items()}
         return totals
 
     @torch.no_grad()

@@ -57,7 +57,7 @@ class BackboneConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     checkpoint_activations: bool = False
     """Recompute every block in the backward pass."""
     train_text_encoder: bool = True
-    """False: it is frozen, and its features are kept for `kept_prompts` prompts."""
+    """False, and with `lora` or `frozen_chunks`: it is frozen, and features are kept for `kept_prompts` prompts."""
     kept_prompts: int = 4096
     frozen_chunks: int = 0
     """First chunks of blocks that stay as they are, with everything else but the later chunks, norm and heads."""
@@ -65,6 +65,11 @@ class BackboneConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Train adapters only."""
     held_out_rows: int = 128
     """Most rows of a validation, each of which runs whole and twice; 0: none."""
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether the text encoder really learns: adapters and frozen chunks leave it as it is."""
+        return self.train_text_encoder and self.lora is None and self.frozen_chunks == 0
 
     def __post_init__(self) -> None:
         strengths = self.flip_strength if isinstance(self.flip_strength, tuple) else (self.flip_strength,)
@@ -95,7 +100,7 @@ class BackboneStage:
         config: what the backbone learns from.
         model_config: preset.
         world_model: trained in place; loaded weights stay.
-        text_encoder: trained in place, or frozen (`config.train_text_encoder`).
+        text_encoder: trained in place, or frozen (`config.trains_text`).
         tokenizer: of prompts.
         flights: training rows.
         held_out: rows of `validate`, of which the first `config.held_out_rows` are used; None: it returns nothing.
@@ -103,6 +108,7 @@ class BackboneStage:
 
     Raises:
         ConfigError: adapters or frozen chunks that the world model does not have.
+        BackboneDataError: a held-out flight without an instruction.
     """
 
     name = "sft"
@@ -121,17 +127,16 @@ class BackboneStage:
     ):
         self.config, self._model_config, self._seed = config, model_config, seed
         self.coefficients: Mapping[str, float] = {"loss": 1.0}
-        is_text_trained = config.train_text_encoder and config.lora is None and config.frozen_chunks == 0
         freeze_chunks(world_model, config.frozen_chunks)
         if config.lora is not None:
             add_adapters(world_model, config.lora, seed=seed)
         self.network: nn.Module = BackboneNetwork(
             world_model,
-            text_encoder if is_text_trained else None,
+            text_encoder if config.trains_text else None,
             checkpoint_activations=config.checkpoint_activations,
         )
         self._world_model = world_model
-        self._frozen_text = None if is_text_trained else FrozenTextFeatures(text_encoder, kept=config.kept_prompts)
+        self._frozen_text = None if config.trains_text else FrozenTextFeatures(text_encoder, kept=config.kept_prompts)
         weights = ScaleWeights(
             reweight=config.scale_reweight, limit=config.scale_weight_limit, image_clip=config.image_clip_weight
         )
@@ -139,6 +144,8 @@ class BackboneStage:
         self._held_out = None
         if held_out is not None and len(held_out) and config.held_out_rows:
             self._held_out = BatchMaker(model_config, held_out, tokenizer, weights, pad_multiple=config.pad_multiple)
+            for row in self._validated():  # an instruction that is empty is refused now, not in the middle of a run
+                self._held_out.prompt(row, held_out.instruction(row))
         self._corruption = Corruption(
             flip_strength=config.flip_strength,
             condition_drop=config.condition_drop,
@@ -155,6 +162,10 @@ class BackboneStage:
             return split_steps(order, step_rows=config.step_rows, micro_rows=config.micro_rows)
         packs = pack_rows(self._row_lengths(), budget=config.packed_tokens, seed=self._seed, epoch=epoch)
         return [packs[at : at + config.step_sequences] for at in range(0, len(packs), config.step_sequences)]
+
+    def row_name(self, row: int) -> str:
+        """See `Stage`."""
+        return self._maker.flights.name(row)
 
     def load(self, epoch: int, rows: MicroBatch) -> BackboneBatch:
         """See `Stage.load`.
@@ -206,8 +217,9 @@ class BackboneStage:
         if self._held_out is None:
             return {}
         rows_together = 1 if self.config.packed_tokens is not None else self.config.micro_rows
-        rows = range(min(len(self._held_out.flights), self.config.held_out_rows))
-        return validate_backbone(self._held_out, self._scores, rows, rows_together=rows_together, seed=self._seed)
+        return validate_backbone(
+            self._held_out, self._scores, self._validated(), rows_together=rows_together, seed=self._seed
+        )
 
     def shard_units(self) -> list[nn.Module]:
         """See `Stage`: every block."""
@@ -239,6 +251,10 @@ class BackboneStage:
         device = next(self.network.parameters()).device
         features = None if self._frozen_text is None else self._frozen_text(batch.prompts(), device)
         return self.network(batch.to(device), features)
+
+    def _validated(self) -> range:
+        """Held-out rows that are looked at."""
+        return range(0 if self._held_out is None else min(len(self._held_out.flights), self.config.held_out_rows))
 
     def _group_terms(self, group: int) -> tuple[str, str]:
         clip, scale = divmod(group, self._model_config.schedule.scales_per_clip)

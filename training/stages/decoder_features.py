@@ -140,12 +140,13 @@ class DecoderFeatures:
         self._cache = LatentCache(self.folder, weights_sha256=inputs, what=f"decoder {keep}")
         self._keys: dict[int, str] = {}
 
-    def prepare(self, rows: Sequence[int] | None = None, *, batch: int = 8) -> int:
-        """Compute what is not there yet, with a progress bar; damaged files are replaced.
+    def prepare(self, rows: Sequence[int] | None = None, *, batch: int = 8, show_progress: bool = True) -> int:
+        """Compute what is not there yet; damaged files are replaced.
 
         Args:
             rows: None takes all. Processes that share a folder may each take a part.
             batch: flights that go through the networks together.
+            show_progress: a bar on stderr, if there is something to do.
 
         Returns:
             Number of flights computed.
@@ -158,7 +159,8 @@ class DecoderFeatures:
         missing = [row for row in wanted if not self._cache.is_whole(self._key(row), "true")]
         was_training = self._vae.training
         self._vae.eval()
-        with tqdm(total=len(missing), desc=f"decoder {self.keep}", unit="flight", disable=not missing) as bar:
+        is_quiet = not (show_progress and missing)
+        with tqdm(total=len(missing), desc=f"decoder {self.keep}", unit="flight", disable=is_quiet) as bar:
             for group in self._groups(missing, batch):
                 for row, flight in zip(group, self._compute(group), strict=True):
                     tensors = {"true": flight.true, "predicted": flight.predicted}

@@ -6,6 +6,7 @@ Source: spec/training.md 1.4.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ def cache_latents(
     vae.eval()
     with tqdm(total=len(missing), desc="latents", unit="flight", disable=not (show_progress and missing)) as bar:
         for together in rows_of_one_length(flights, missing, batch):
-            for row, latents in zip(together, _encode(vae, flights, together), strict=True):
+            for row, latents in zip(together, encode_flights(vae, flights, together), strict=True):
                 cache.write(flights.key(row), {_TENSOR: latents})
             bar.update(len(together))
     ranks.wait()
@@ -72,8 +73,8 @@ def cache_latents(
 
 
 @torch.no_grad()
-def _encode(vae: VideoVAE, flights: FlightSource, rows: list[int]) -> Tensor:
-    """float32 [B, C, T, h, w]."""
+def encode_flights(vae: VideoVAE, flights: FlightSource, rows: Sequence[int]) -> Tensor:
+    """Raw features of rows of one length, encoded together: float32 [B, C, T, h, w] on the CPU."""
     device = next(vae.parameters()).device
     frames = torch.stack([torch.from_numpy(flights.frames(row)) for row in rows]).to(device)
     return vae.raw_features(vae.encode(frames_to_video(frames))[0]).float().cpu()

@@ -8,18 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from worldvln_edge.action_windows import LabelStats
 from worldvln_edge.config import ModelConfig
 from worldvln_edge.training.stages.flight_windows import segment_runs
 from worldvln_edge.training.stages.motion_metrics import COLUMNS, column_errors, route_metrics
-from worldvln_edge.training.trainer.stage import row_generator
-
-
-def shuffled_frames(row: int, frames: int) -> torch.Tensor:
-    """The order of frames in which a held-out row is shown for the control; the same in every validation."""
-    return torch.randperm(frames, generator=row_generator(0, 0, row))
 
 
 class MotionValidation:
@@ -34,7 +27,7 @@ class MotionValidation:
         self._config, self._stats = config, stats
         self._true: list[np.ndarray] = []
         self._found: list[np.ndarray] = []
-        self._shuffled: list[np.ndarray] = []
+        self._shuffled: list[tuple[np.ndarray, np.ndarray]] = []
         self._segments: list[tuple[np.ndarray, np.ndarray]] = []
         self._ahead: list[tuple[np.ndarray, np.ndarray]] = []
 
@@ -42,7 +35,8 @@ class MotionValidation:
         self,
         true_N6: np.ndarray,
         found_N6: np.ndarray,
-        shuffled_N6: np.ndarray,
+        *,
+        shuffled_N6: np.ndarray | None = None,
         ahead: Sequence[np.ndarray] | None = None,
     ) -> None:
         """One flight.
@@ -50,12 +44,13 @@ class MotionValidation:
         Args:
             true_N6: labels.
             found_N6: what the head says of the true frames.
-            shuffled_N6: what it says of the same frames in the order of `shuffled_frames`.
+            shuffled_N6: what it says of a video of the same frames in the order of `shuffled_frames`.
             ahead: what it says of every whole segment [step, 6] from predicted frames.
         """
         self._true.append(true_N6)
         self._found.append(found_N6)
-        self._shuffled.append(shuffled_N6)
+        if shuffled_N6 is not None:
+            self._shuffled.append((shuffled_N6, true_N6))
         for index, run in enumerate(segment_runs(len(true_N6) + 1, self._config)):
             span = slice(run.observed, run.observed + self._config.horizon.step)
             self._segments.append((found_N6[span], true_N6[span]))
@@ -65,15 +60,17 @@ class MotionValidation:
     def metrics(self) -> dict[str, float]:
         """All of `route_metrics`: without prefix over whole flights, `segment_` over segments of the same predictions.
 
-        `predicted_` over segments from predicted frames, if there are any. `shuffled_` holds `nmse_*` only; nothing can
-        be known there, so a number below 1 means that the head has learnt something else than motion. Empty without a
-        flight.
+        `predicted_` over segments from predicted frames, if there are any. `shuffled_` holds `nmse_*` only, of videos
+        whose frames were put into a random order before any network saw them; nothing can be known there, so a number
+        below 1 means that the head has learnt something else than motion. Empty without a flight.
         """
         if not self._true:
             return {}
         metrics = route_metrics(self._found, self._true, self._stats)
-        control = column_errors(self._shuffled, self._true, self._stats)
-        metrics |= {f"shuffled_nmse_{name}": control[f"nmse_{name}"] for name in COLUMNS if f"nmse_{name}" in control}
+        if self._shuffled:
+            control = column_errors(*zip(*self._shuffled, strict=True), self._stats)
+            names = [f"nmse_{name}" for name in COLUMNS]
+            metrics |= {f"shuffled_{name}": control[name] for name in names if name in control}
         for prefix, pairs in (("segment", self._segments), ("predicted", self._ahead)):
             if pairs:
                 found, true = zip(*pairs, strict=True)

@@ -56,8 +56,8 @@ def predict_clip(
     Returns:
         float32 [B, C, T, H, W].
     """
-    references = _reference_closure(schedule, clip_index)
-    context = [_observed_scale(schedule.clips[c], scale, observed_BCTHW, config) for c, scale in references]
+    references = reference_closure(schedule, clip_index)
+    context = [observed_scale(schedule.clips[c], scale, observed_BCTHW, config) for c, scale in references]
     clip = schedule.clips[clip_index]
     rows, cols = config.schedule.latent_hw
     batch, device = observed_BCTHW.shape[0], observed_BCTHW.device
@@ -138,7 +138,7 @@ def _uniform(shape: tuple[int, ...], generator: torch.Generator | Sequence[torch
     return torch.stack([torch.rand(shape[1:], generator=own) for own in generator])
 
 
-def _reference_closure(schedule: ScaleSchedule, clip_index: int) -> list[tuple[int, int]]:
+def reference_closure(schedule: ScaleSchedule, clip_index: int) -> list[tuple[int, int]]:
     """References of a clip and, in turn, theirs: without them the keys and values of the first would differ."""
     found: set[tuple[int, int]] = set()
     waiting = list(schedule.references(clip_index))
@@ -150,7 +150,8 @@ def _reference_closure(schedule: ScaleSchedule, clip_index: int) -> list[tuple[i
     return sorted(found)
 
 
-def _observed_scale(clip: Clip, scale: int, observed_BCTHW: Tensor, config: ModelConfig) -> EncodedScale:
+def observed_scale(clip: Clip, scale: int, observed_BCTHW: Tensor, config: ModelConfig) -> EncodedScale:
+    """The last repetition of a scale of an observed clip; `observed_BCTHW` holds at least the clip's latent frames."""
     bits, _ = encode_bits(observed_BCTHW[:, :, clip.frame_slice], clip, config.world_model)
     total = torch.zeros_like(observed_BCTHW[:, :, clip.frame_slice])
     for step, step_bits in zip(clip.steps, bits, strict=True):

@@ -6,6 +6,7 @@ Source: spec/training.md 2.8 (the frozen VAE is never written again), 4.8.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from worldvln_edge.atomic import atomic_directory
 from worldvln_edge.models.checkpoint_file import CheckpointError
 from worldvln_edge.models.checkpoint_source import RELEASED_FILE, ReleasedParts
 from worldvln_edge.models.released_action import COMBINED_FILE, save_combined_checkpoint
+from worldvln_edge.models.released_adapter import EXPORT_FILE, save_adapter_export
 from worldvln_edge.models.worldvln import WorldVLN
 
 BACKBONE_FILE = "backbone.safetensors"
@@ -58,6 +60,7 @@ def write_released(
     *,
     has_backbone: bool,
     action_stats: LabelStats | None,
+    distilled: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the trained parts and a `released.json` that names them and the parts of `base`.
 
@@ -67,6 +70,8 @@ def write_released(
         model: trained.
         has_backbone: the world model was trained; its blocks are stored in bf16, as they are served.
         action_stats: statistics of the latent head if it was trained, else None.
+        distilled: state dict of the adapter after its distillation, which the action head may have trained further.
+            Written for `--adapter`; nothing in `released.json` names it.
 
     Raises:
         CheckpointError: a weight that is not finite.
@@ -96,6 +101,10 @@ def write_released(
                 epoch=0,
                 global_step=0,
             )
+        if distilled is not None:
+            adapter = copy.deepcopy(model.latent_head.adapter)
+            adapter.load_state_dict(dict(distilled))
+            save_adapter_export(building / EXPORT_FILE, adapter, model.vae, {"preset": model.config.name})
         parts = msgspec.structs.replace(base.parts, **paths)
         (building / RELEASED_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(parts), indent=2) + b"\n")
 

@@ -26,9 +26,10 @@ from worldvln_edge.training.data.flight_source import FlightSource
 from worldvln_edge.training.stages.chunked import window_logits
 from worldvln_edge.training.stages.flight_windows import draw_windows
 from worldvln_edge.training.stages.motion_loss import MotionSchedule, Ramp, logged_errors, motion_terms
-from worldvln_edge.training.stages.motion_validation import MotionValidation, shuffled_frames
+from worldvln_edge.training.stages.motion_validation import MotionValidation
 from worldvln_edge.training.stages.optical_flow import coarse_flow
 from worldvln_edge.training.stages.row_plan import RowPlan, held_out_deltas, recorded_deltas, require
+from worldvln_edge.training.stages.shuffled_flights import shuffled_frames
 from worldvln_edge.training.trainer.stage import MicroBatch, row_generator
 
 _STATISTICS_ROWS = 64  # of which the deviation of the flow is taken
@@ -126,6 +127,9 @@ class RgbStage:
     def plan(self, epoch: int) -> Sequence[Sequence[MicroBatch]]:
         return self._plan.steps(epoch)
 
+    def row_name(self, row: int) -> str:
+        return self._flights.name(row)
+
     def load(self, epoch: int, rows: MicroBatch) -> RgbBatch:
         images, flows, targets = [], [], []
         for row in rows:
@@ -179,7 +183,7 @@ class RgbStage:
             report.add(
                 deltas,
                 self._motion(images),
-                self._motion(images[shuffled_frames(row, len(images))]),
+                shuffled_N6=self._motion(images[shuffled_frames(row, len(images))]),
             )
         return report.metrics()
 

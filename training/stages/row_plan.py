@@ -94,11 +94,20 @@ def checked_deltas(flights: FlightSource, row: int, deltas: np.ndarray, stage: s
     return deltas
 
 
-def held_out_rows(flights: FlightSource | None, most: int, *, shortest: int) -> list[int]:
-    """The first `most` rows of a held-out source that are long enough; none without a source."""
+def held_out_rows(flights: FlightSource | None, most: int, *, shortest: int, stage: str) -> list[int]:
+    """The first `most` rows of a held-out source that are long enough; none without a source.
+
+    Warns where the source has none.
+    """
     if flights is None:
         return []
     rows = [row for row in range(len(flights)) if flights.frame_count(row) >= shortest]
+    if not rows:
+        warnings.warn(
+            f"{stage}: none of {len(flights)} held-out flights has the {shortest} frames that it needs, so nothing is "
+            "validated; give others",
+            stacklevel=3,
+        )
     return rows[:most]
 
 
@@ -108,7 +117,7 @@ def held_out_deltas(flights: FlightSource | None, most: int, *, shortest: int, s
     Raises:
         StageDataError: see `recorded_deltas`.
     """
-    rows = held_out_rows(flights, most, shortest=shortest)
+    rows = held_out_rows(flights, most, shortest=shortest, stage=stage)
     return {} if flights is None else {row: recorded_deltas(flights, row, stage) for row in rows}
 
 

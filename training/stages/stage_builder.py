@@ -15,13 +15,15 @@ from worldvln_edge.models.worldvln import WorldVLN
 from worldvln_edge.runtime.worldvln.tokenizer import PromptTokenizer
 from worldvln_edge.training.data.flight_source import FlightSource
 from worldvln_edge.training.stages.action_stage import ActionStage, ActionStageConfig
-from worldvln_edge.training.stages.adapter import AdapterStage
-from worldvln_edge.training.stages.backbone_stage import BackboneStage
+from worldvln_edge.training.stages.adapter import AdapterStage, AdapterStageConfig
+from worldvln_edge.training.stages.backbone_stage import BackboneConfig, BackboneStage
 from worldvln_edge.training.stages.decoder_features import DecoderFeatures
 from worldvln_edge.training.stages.flight_latents import cache_latents
 from worldvln_edge.training.stages.flight_prediction import WorldModelPredictor
-from worldvln_edge.training.stages.flight_subset import first_flights
+from worldvln_edge.training.stages.flight_subset import FlightSubset, first_flights
 from worldvln_edge.training.stages.rgb_stage import RgbStage
+from worldvln_edge.training.stages.row_plan import held_out_rows
+from worldvln_edge.training.stages.shuffled_flights import ShuffledFlights
 from worldvln_edge.training.stages.stage_tables import ChainConfig
 from worldvln_edge.training.stages.training_start import Start
 from worldvln_edge.training.stages.vae import MotionReadouts
@@ -71,7 +73,8 @@ class StageBuilder:
 
         Args:
             name: of the stage.
-            model: all networks, on the CPU; trained in place.
+            model: trained in place. Networks that the stage runs are on the CPU; of a network that is sharded over
+                processes, those of the first one.
             readouts: for `vae`: what the warm start of its encoder has learnt to read, if there was one.
         """
         if name == "vae":
@@ -120,20 +123,25 @@ class StageBuilder:
         )
 
     def _adapter(self, model: WorldVLN) -> Stage:
-        model.to(self._ranks.device)
+        config: AdapterStageConfig = self._recipe.stage("adapter").config
+        for part in (model.vae, model.rgb_head, model.latent_head):
+            part.to(self._ranks.device)
+        validated = self._validated(config.held_out_rows, shortest=1, stage="adapter")
         return AdapterStage(
             model.latent_head.adapter,
             model.rgb_head.tsformer.patch_embed,
             self._config.action_decoder,
-            self._features(self._action_flights(), model, predicts=False),
-            self._recipe.stage("adapter").config,
+            self._features(self._action_flights(), model),
+            config,
             temporal_stride=self._config.video_vae.temporal_stride,
             seed=self._seed,
-            held_out=None if self._held_out is None else self._features(self._held_out, model, predicts=False),
+            held_out=None if validated is None else self._features(validated, model),
         )
 
     def _sft(self, model: WorldVLN) -> Stage:
         device = self._ranks.device
+        config: BackboneConfig = self._recipe.stage("sft").config
+        validated = self._validated(config.held_out_rows, shortest=1, stage="sft")
         latents = [
             None
             if flights is None
@@ -146,7 +154,7 @@ class StageBuilder:
                 batch=self._chain.batch,
                 show_progress=self._show_progress,
             )
-            for flights in (self._flights, self._held_out)
+            for flights in (self._flights, validated)
         ]
         assert latents[0] is not None
         model.vae.to("cpu")
@@ -154,7 +162,7 @@ class StageBuilder:
         if self._ranks.count == 1:  # sharding moves it piece by piece; whole, it may not fit there
             model.world_model.to(device)
         return BackboneStage(
-            self._recipe.stage("sft").config,
+            config,
             self._config,
             model.world_model,
             model.text_encoder,
@@ -170,6 +178,8 @@ class StageBuilder:
         device = self._ranks.device
         for part in (model.vae, model.latent_head, *([model.world_model, model.text_encoder] if predicts else [])):
             part.to(device)
+        shortest = self._config.action_decoder.latent_head.window
+        validated = self._validated(config.held_out_rows, shortest=shortest, stage="action")
         return ActionStage(
             model.latent_head,
             self._config,
@@ -178,13 +188,19 @@ class StageBuilder:
             seed=self._seed,
             stats=self._start.head_stats().latent_head if self._start.source is not None else None,
             vae=model.vae if config.vae_rate else None,
-            held_out=None if self._held_out is None else self._features(self._held_out, model, predicts=predicts),
+            held_out=None if validated is None else self._features(validated, model, predicts=predicts),
+            shuffled=None if validated is None else self._features(ShuffledFlights(validated), model),
         )
 
     def _action_flights(self) -> FlightSource:
         return first_flights(self._flights, self._chain.action_flights)
 
-    def _features(self, flights: FlightSource, model: WorldVLN, *, predicts: bool) -> DecoderFeatures:
+    def _validated(self, most: int, *, shortest: int, stage: str) -> FlightSource | None:
+        """The held-out flights that a stage looks at: nothing is computed for the others."""
+        rows = held_out_rows(self._held_out, most, shortest=shortest, stage=stage)
+        return FlightSubset(self._held_out, rows) if self._held_out is not None and rows else None
+
+    def _features(self, flights: FlightSource, model: WorldVLN, *, predicts: bool = False) -> DecoderFeatures:
         """Decoder features (or codes) of flights; ranks share the work."""
         predictor = None
         if predicts:
@@ -200,6 +216,7 @@ class StageBuilder:
             predictor=predictor,
             seed=self._seed,
         )
-        features.prepare(range(self._ranks.rank, len(flights), self._ranks.count), batch=self._chain.batch)
+        own = range(self._ranks.rank, len(flights), self._ranks.count)
+        features.prepare(own, batch=self._chain.batch, show_progress=self._show_progress)
         self._ranks.wait()
         return features

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from worldvln_edge.config import ConfigError
 from worldvln_edge.training.data.open_flights import ReadingOptions
+from worldvln_edge.training.grpo.grpo_config import GrpoConfig
 from worldvln_edge.training.stages.action_stage import ActionStageConfig
 from worldvln_edge.training.stages.adapter import AdapterStageConfig
 from worldvln_edge.training.stages.backbone_stage import BackboneConfig
@@ -49,10 +50,14 @@ class StageTable:
     """Parts of the model that must be trained before."""
     makes: str
     """The part of the model that it trains."""
+    uses: tuple[str, ...]
+    """Parts of the model that it runs; the others need no memory."""
     after: tuple[str, ...]
     """Earlier stages whose weights it starts from or reads."""
     prefixes: Mapping[str, str]
     """Prefix in the network -> prefix in the model; what has none is no part of the model."""
+    sharded: str | None = None
+    """The part that several processes share: the first one gives it to the others."""
 
     def model_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's part of a network's state dict."""
@@ -66,16 +71,29 @@ class StageTable:
 
 STAGES: Mapping[str, StageTable] = {
     "vae_encoder": StageTable(
-        config=VaeEncoderConfig, needs=(), makes="vae", after=(), prefixes={"vae.": "vae.", "readouts.": "readouts."}
+        config=VaeEncoderConfig,
+        needs=(),
+        makes="vae",
+        uses=("vae",),
+        after=(),
+        prefixes={"vae.": "vae.", "readouts.": "readouts."},
     ),
-    "vae": StageTable(config=VaeConfig, needs=(), makes="vae", after=("vae_encoder",), prefixes={"vae.": "vae."}),
+    "vae": StageTable(
+        config=VaeConfig, needs=(), makes="vae", uses=("vae",), after=("vae_encoder",), prefixes={"vae.": "vae."}
+    ),
     "rgb_head": StageTable(
-        config=RgbStageConfig, needs=(), makes="rgb_head", after=(), prefixes={"head.": "rgb_head."}
+        config=RgbStageConfig,
+        needs=(),
+        makes="rgb_head",
+        uses=("rgb_head",),
+        after=(),
+        prefixes={"head.": "rgb_head."},
     ),
     "adapter": StageTable(
         config=AdapterStageConfig,
         needs=("vae", "rgb_head"),
         makes="latent_head",
+        uses=("vae", "rgb_head", "latent_head"),
         after=("vae", "rgb_head"),
         prefixes={"": "latent_head.adapter."},
     ),
@@ -83,20 +101,23 @@ STAGES: Mapping[str, StageTable] = {
         config=BackboneConfig,
         needs=("vae",),
         makes="world_model",
+        uses=("vae", "text_encoder", "world_model"),
         after=("vae",),
         prefixes={"world_model.": "world_model.", "text_encoder.": "text_encoder."},
+        sharded="world_model",
     ),
     "action": StageTable(
         config=ActionStageConfig,
         needs=("vae",),
         makes="latent_head",
+        uses=("vae", "latent_head"),
         after=("vae", "adapter", "sft"),
         prefixes={"head.": "latent_head.", "decoder.": "vae.decoder.", "proj_up.": "vae.proj_up."},
     ),
 }
 """In the order of a run of all."""
 
-TABLES: Mapping[str, type[msgspec.Struct]] = {"chain": ChainConfig, "data": ReadingOptions}
+TABLES: Mapping[str, type[msgspec.Struct]] = {"chain": ChainConfig, "data": ReadingOptions, "grpo": GrpoConfig}
 """Tables of a recipe that are no stage."""
 
 COMMANDS: Mapping[str, tuple[str, ...]] = {

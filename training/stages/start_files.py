@@ -5,6 +5,7 @@ Source: spec/training.md 2.7 (init of the world model), 3 and 4.4 (init of the a
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +34,8 @@ class StartFiles:
         named = (("base_model", self.base_model), ("adapter", self.adapter), ("timesformer", self.timesformer))
         return [(name, path) for name, path in named if path is not None]
 
-    def load_into(self, model: WorldVLN) -> list[str]:
-        """Copy the weights over those of a model.
+    def load_into(self, model: WorldVLN, parts: Collection[str] | None = None) -> list[str]:
+        """Copy the weights over those of a model; of the named parts only, where some are named.
 
         Returns:
             What was left as it was, a sentence per kind, for the log.
@@ -42,8 +43,9 @@ class StartFiles:
         Raises:
             CheckpointError: a file that cannot be read, or that belongs to another preset.
         """
+        has_world_model, has_head = (parts is None or part in parts for part in ("world_model", "latent_head"))
         left: list[str] = []
-        if self.base_model is not None:
+        if self.base_model is not None and has_world_model:
             found = load_base_weights(model.world_model, self.base_model, trust_pickle=self.trust_pickle)
             for what, names in (
                 ("has another shape", found.reshaped),
@@ -53,11 +55,11 @@ class StartFiles:
                 if names:
                     listed = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
                     left.append(f"{self.base_model}: {what}: {listed} ({len(names)} tensors)")
-        if self.adapter is not None:
+        if self.adapter is not None and has_head:
             load_adapter(
                 model.latent_head.adapter, read_adapter_checkpoint(self.adapter, trust_pickle=self.trust_pickle)
             )
-        if self.timesformer is not None:
+        if self.timesformer is not None and has_head:
             tensors = open_timesformer(self.timesformer, trust_pickle=self.trust_pickle)
             load_timesformer(model.latent_head.tsformer, tensors, str(self.timesformer))
         return left

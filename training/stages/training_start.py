@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 
 from worldvln_edge.config import ModelConfig
 from worldvln_edge.models.action_decoder import RgbActionHead
-from worldvln_edge.models.checkpoint_source import IDENTITY_STATS, CheckpointSource, load_source
+from worldvln_edge.models.checkpoint_source import IDENTITY_STATS, RELEASED_FILE, CheckpointSource, load_source
 from worldvln_edge.models.worldvln import HeadStats, WorldVLN
 from worldvln_edge.prompts import tagged_prompt
 from worldvln_edge.training.sim.instructions import instruction_vocabulary
@@ -38,17 +38,28 @@ class Start:
     """Where `source` comes from, if it is a folder with `released.json`."""
     files: StartFiles = field(default_factory=StartFiles)
 
-    def tokenizer_json(self, instructions: Iterable[str]) -> str:
-        """Text of `tokenizer.json`: the checkpoint's, or words of the simulator's and of these instructions."""
+    def tokenizer_json(self, instructions: Iterable[str], frame_counts: Iterable[int] = ()) -> str:
+        """Text of `tokenizer.json`: the checkpoint's, or words of the simulator's and of these instructions.
+
+        Args:
+            instructions: of the training flights.
+            frame_counts: of the training flights, whose duration tags are known too.
+        """
         if self.source is not None:
             return self.source.tokenizer_file.read_text(encoding="utf-8")
-        tag = tagged_prompt("", self.config.horizon)
-        vocabulary = self.config.text_encoder.vocabulary
-        words = instruction_words(instructions, instruction_vocabulary(), vocabulary)
-        return build_word_tokenizer(words, tag, vocabulary).to_str(pretty=True)
+        horizon, vocabulary = self.config.horizon, self.config.text_encoder.vocabulary
+        lengths = {*range(1, horizon.num_frames), *frame_counts}
+        others = {tagged_prompt("", horizon, frames) for frames in lengths}
+        tags = tuple(dict.fromkeys((tagged_prompt("", horizon), *sorted(others))))
+        words = instruction_words(instructions, instruction_vocabulary(), vocabulary, tags=len(tags))
+        return build_word_tokenizer(words, tags[0], vocabulary, other_tags=tags[1:]).to_str(pretty=True)
 
-    def model(self, seed: int) -> WorldVLN:
-        """All networks on the CPU, every parameter trainable; warns of weights of a base model that do not fit.
+    def model(self, seed: int, parts: Collection[str] | None = None) -> WorldVLN:
+        """All networks, every parameter trainable; warns of weights of a base model that do not fit.
+
+        Args:
+            seed: of random weights.
+            parts: these are on the CPU, the others on the meta device, without values. None: all.
 
         Raises:
             CheckpointError: files that cannot be read, or belong to another preset.
@@ -57,16 +68,25 @@ class Start:
         if self.source is None:
             model = WorldVLN(self.config, time_embed_std=TIME_EMBED_STD)
         else:
-            model = load_source(self.source).model
+            model = load_source(self.source, parts).model
             if "rgb_head" in self.source.missing_parts:
                 model.rgb_head = RgbActionHead(self.config.action_decoder, time_embed_std=TIME_EMBED_STD)
-        for left in self.files.load_into(model):
+        for part, network in model.named_children():
+            if parts is not None and part not in parts:
+                network.to("meta")
+        for left in self.files.load_into(model, parts):
             warnings.warn(left, stacklevel=2)
         return model.requires_grad_(True)
 
     def parts(self) -> set[str]:
         """Parts of the model that are trained already."""
         return set() if self.source is None else set(COMMAND_OF_PART) - self.source.missing_parts
+
+    def paths(self) -> list[Path]:
+        """All files that are read, and the `released.json` that names them."""
+        named = [*([] if self.source is None else self.source.files), *self.files.paths()]
+        listed = [] if self.released is None else [self.released.folder / RELEASED_FILE]
+        return [*listed, *(path for _, path in named)]
 
     def fingerprint(self) -> str | None:
         """sha256 of the names, sizes and times of change of all files; None of a preset alone."""

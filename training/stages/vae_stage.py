@@ -18,7 +18,7 @@ from worldvln_edge.config import ConfigError, ModelConfig
 from worldvln_edge.models.video_vae import VideoVAE
 from worldvln_edge.scale_schedule import ScaleSchedule
 from worldvln_edge.training.data.flight_source import FlightSource
-from worldvln_edge.training.stages.row_plan import held_out_rows, require
+from worldvln_edge.training.stages.row_plan import held_out_deltas, held_out_rows, require
 from worldvln_edge.training.stages.vae import (
     LATENT_POWER,
     MotionReadouts,
@@ -26,7 +26,6 @@ from worldvln_edge.training.stages.vae import (
     quantise_straight_through,
 )
 from worldvln_edge.training.stages.vae_windows import VaeBatch, VaeTargets, WindowStage, row_errors
-from worldvln_edge.training.trainer.stage import MicroBatch
 
 
 class VaeEncoderWeights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -130,9 +129,6 @@ class VaeEncoderStage(WindowStage):
         for module in trained:
             module.requires_grad_(True)
 
-    def load(self, epoch: int, rows: MicroBatch) -> VaeBatch:
-        return self._load_windows(epoch, rows)
-
     def totals(self, batch: VaeBatch) -> Mapping[str, Tensor]:
         video, motion, flow = self._inputs(batch)
         raw = self._vae.raw_features(self._vae.encode(video)[0]).float()
@@ -170,16 +166,16 @@ class VaeStage(WindowStage):
     ):
         super().__init__(vae, readouts, config, flights, targets, training, seed=seed)
         self._training, self._held_out = training, held_out
-        self._held_out_rows = held_out_rows(held_out, training.held_out_rows, shortest=training.window)
+        rows, shortest = training.held_out_rows, training.window
+        self._held_out_rows = held_out_rows(held_out, rows, shortest=shortest, stage=self.name)
+        if self._reads_motion and self._held_out_rows:  # what is wrong with it is said before the first step
+            held_out_deltas(held_out, rows, shortest=shortest, stage=self.name)
         self.epoch_started(0)
 
     def epoch_started(self, epoch: int) -> None:
         self.network.requires_grad_(True)
         for unused in (self._vae.proj_down_two, self._vae.proj_up_two):
             unused.requires_grad_(False)
-
-    def load(self, epoch: int, rows: MicroBatch) -> VaeBatch:
-        return self._load_windows(epoch, rows)
 
     def weights(self, batch: VaeBatch) -> Mapping[str, float]:
         weights = dict(super().weights(batch))

@@ -145,10 +145,13 @@ class WindowStage:
     def plan(self, epoch: int) -> Sequence[Sequence[MicroBatch]]:
         return self._plan.steps(epoch)
 
+    def row_name(self, row: int) -> str:
+        return self._flights.name(row)
+
     def weights(self, batch: VaeBatch) -> Mapping[str, float]:
         return dict.fromkeys(self.coefficients, float(len(batch.frames_BFHW3)))
 
-    def _load_windows(self, epoch: int, rows: MicroBatch) -> VaeBatch:
+    def load(self, epoch: int, rows: MicroBatch) -> VaeBatch:
         frames, motions, kept, is_raw = [], [], [], []
         for row in rows:
             generator = row_generator(self._seed, epoch, row)

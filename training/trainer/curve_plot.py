@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from worldvln_edge.atomic import atomic_file
-from worldvln_edge.training.trainer.loss_log import EXTRA_COLUMNS, HELD_OUT, read_curve
+from worldvln_edge.training.trainer.loss_log import EXTRA_COLUMNS, HELD_OUT, read_curve, writing
 
 _NUMBER = re.compile(r"\d+")
 _PANELS, _COLUMNS = 16, 4  # a panel takes a tenth of a second
@@ -16,6 +16,9 @@ def plot_curve(curve_file: Path, picture: Path) -> None:
     """Draw the first columns of a loss curve over the steps; nothing where the curve is empty.
 
     A metric of held-out rows is dashed, in the panel of the training loss of that name if there is one.
+
+    Raises:
+        LogWriteError: the disk is full.
     """
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display
 
@@ -42,5 +45,5 @@ def plot_curve(curve_file: Path, picture: Path) -> None:
     rest = f"; {len(panels) - len(shown)} more in {curve_file.name}" if len(panels) > len(shown) else ""
     figure.suptitle(f"{rows[0]['stage']}, over optimiser steps; dashed: held-out rows{rest}")
     figure.subplots_adjust(left=0.05, right=0.98, top=1 - 0.6 / (3 * lines), bottom=0.1 / lines, hspace=0.4, wspace=0.3)
-    with atomic_file(picture) as building:
+    with writing(picture), atomic_file(picture) as building:
         figure.savefig(building, dpi=80)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -106,7 +107,11 @@ def shard(root: nn.Module, units: Sequence[nn.Module], ranks: Ranks, *, bf16: bo
 
     Units are gathered in bf16 where they compute in it. The rest stays fp32: heads and the text projection compute in
     fp32 (spec/training.md 2.7). Inputs are not cast, because rotation tables are fp32 everywhere.
+
+    The values are those of the first rank. On the others, parameters may lie on the meta device: one machine need not
+    hold a large network once for every GPU.
     """
+    whole = root.state_dict() if ranks.is_first else {}
     mesh = init_device_mesh(ranks.device.type, (ranks.count,))
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -114,6 +119,10 @@ def shard(root: nn.Module, units: Sequence[nn.Module], ranks: Ranks, *, bf16: bo
     for unit in units:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     fully_shard(root, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    for module in root.modules():
+        if any(tensor.is_meta for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+            module.to_empty(device=ranks.device, recurse=False)
+    set_model_state_dict(root, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
 def copy_from_first(network: nn.Module, ranks: Ranks) -> None:

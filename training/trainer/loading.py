@@ -68,6 +68,7 @@ def load_steps(
         sampler=_Order(steps),
         num_workers=workers,
         prefetch_factor=2 if workers else None,
+        multiprocessing_context="fork" if workers else None,  # a stage is shared with workers, not sent to them
         worker_init_fn=_leave_signals_to_the_trainer,
         generator=torch.Generator().manual_seed(seed),
     )

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from worldvln_edge.atomic import atomic_file
@@ -19,6 +20,22 @@ EXTRA_COLUMNS = {"stage", "step", "epoch", "seconds", "lr", "skipped", "rows_per
 """Columns of a row that are neither losses nor metrics."""
 HELD_OUT = "held_out_"
 """Begins the column of a metric of held-out rows."""
+
+
+class LogWriteError(RuntimeError):
+    """The curve of a run could not be written; its checkpoints are whole."""
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Turn what the system says about a file into LogWriteError."""
+    try:
+        yield
+    except OSError as error:
+        raise LogWriteError(
+            f"{file} cannot be written ({error.strerror or error}); make room and give the same command again: it goes "
+            "on from the last checkpoint"
+        ) from error
 
 
 class LossLog:
@@ -34,6 +51,7 @@ class LossLog:
 
     Raises:
         ConfigError: wandb is asked for and not installed.
+        LogWriteError: the disk is full, or the file is none.
     """
 
     def __init__(
@@ -47,7 +65,8 @@ class LossLog:
         first_step: int,
     ):
         self._curve_file, self._stage = curve_file, stage
-        self._written = _cut(curve_file, first_step)
+        with writing(curve_file):
+            self._written = _cut(curve_file, first_step)
         self._writer = self._wandb = None
         if events is not None:
             from tensorboardX import SummaryWriter
@@ -70,12 +89,15 @@ class LossLog:
             step: optimiser steps done.
             values: losses or metrics; also drawn.
             extra: what stands before them (epoch, seconds, rates); drawn below `run/`.
+
+        Raises:
+            LogWriteError: the disk is full.
         """
         if (step, *sorted(values)) in self._written:
             return
         shown = {name: float(f"{v:.9g}") if math.isfinite(v) else None for name, v in values.items()}  # JSON has no NaN
         row = {"stage": self._stage, "step": step, **extra, **shown}
-        with self._curve_file.open("a", encoding="utf-8") as stream:
+        with writing(self._curve_file), self._curve_file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
         drawn = {f"{self._stage}/{k}": v for k, v in values.items()} | {f"run/{k}": v for k, v in extra.items()}
         if self._writer is not None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 MicroBatch = Sequence[int]
 """Rows that go through the networks together."""
+_NAMED_ROWS = 4  # of a micro-batch, in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ class Stage(Protocol):
     - `shard_units() -> Sequence[nn.Module]`: modules whose parameters lie on one rank only while they run, for
       networks that are too large for one GPU. Each is called as a module (not by a method besides `forward`).
     - `best_metric: str`: the metric of `validate` whose smallest value marks the step that is kept and exported.
+    - `row_name(row: int) -> str`: file and row, for messages.
     - `flops(batch) -> int` and `tokens(batch) -> int`: of forward and backward of a micro-batch, for MFU and tokens/s.
     """
 
@@ -107,6 +109,14 @@ def shard_units(stage: Stage) -> list[nn.Module]:
 def best_metric(stage: Stage) -> str | None:
     """Metric that says which step is the best, None where the last one is."""
     return getattr(stage, "best_metric", None)
+
+
+def listed_rows(stage: Stage, rows: Sequence[int]) -> str:
+    """`rows [12, 7]` for a message, the first of them by name where the stage says how they are called."""
+    row_name = _optional(stage, "row_name", lambda row: None)
+    names = [name for row in rows[:_NAMED_ROWS] if (name := row_name(row)) is not None]
+    more = ["..."] if len(rows) > _NAMED_ROWS else []
+    return f"rows {list(rows)}" + (f" ({'; '.join(names + more)})" if names else "")
 
 
 def batch_flops(stage: Stage, batch: Any) -> int | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from worldvln_edge.config import ConfigError
 from worldvln_edge.training.trainer.distributed import Ranks, copy_from_first, shard, sum_gradients
 from worldvln_edge.training.trainer.ema import MovingAverage
-from worldvln_edge.training.trainer.loading import LoadedStep
+from worldvln_edge.training.trainer.loading import LoadedStep, Share
 from worldvln_edge.training.trainer.optimiser import OptimiserConfig, build_optimiser, find_matrices, set_rate
 from worldvln_edge.training.trainer.stage import (
     Stage,
@@ -87,7 +87,6 @@ class StageRun:
         self.stage, self.network, self._config, self._ranks, self._seed = stage, stage.network, config, ranks, seed
         self._bf16 = bf16
         start_epoch(stage, 0)
-        copy_from_first(self.network, ranks)
         self._module = _Forward(stage)
         groups, decaying = parameter_groups(stage), find_matrices(self.network)
         units = shard_units(stage)
@@ -98,6 +97,8 @@ class StageRun:
             new = dict(self.network.named_parameters())  # sharding puts new parameters in the places of the old ones
             groups = [replace(group, parameters=[new[names[id(p)]] for p in group.parameters]) for group in groups]
             decaying = frozenset(id(new[names[key]]) for key in decaying)
+        else:
+            copy_from_first(self.network, ranks)
         self._frozen = self._frozen_names()
         self._parameters = list(self.network.parameters())
         self.optimiser = build_optimiser(groups, decaying, config, fused=ranks.device.type == "cuda")
@@ -134,24 +135,30 @@ class StageRun:
         for part in self._ranks.gather(dict(own)):
             weights.update(part)
         self.optimiser.zero_grad(set_to_none=True)
-        sums: Counter[str] = Counter()
-        bad_rows: list[int] = []
+        counted: list[Share] = []
+        totals: list[Mapping[str, Tensor]] = []
         tokens = flops = 0
         for share, batch in pairs:
             self._seed_draws(loaded, share.place)
             found = self._backward(batch, weights, counts=share.counts)
             if not share.counts:
                 continue
-            sums.update(found)
-            if not bad_rows and not all(map(math.isfinite, found.values())):
-                bad_rows = list(share.rows)
+            counted.append(share)
+            totals.append(found)
             tokens += batch_tokens(self.stage, batch) or 0
             flops += batch_flops(self.stage, batch) or 0
         if not self.is_sharded:
             sum_gradients(self._parameters, self._ranks)
+        *numbers, clipped = _on_host([*totals, {"norm": self._clip(self._config.clip(number, total))}])
+        norm = clipped["norm"]
+        sums: Counter[str] = Counter()
+        bad_rows: list[int] = []
+        for share, part in zip(counted, numbers, strict=True):
+            sums.update(part)
+            if not bad_rows and not all(map(math.isfinite, part.values())):
+                bad_rows = list(share.rows)
         everyone = self._ranks.gather(_Ran(dict(sums), bad_rows, stop.requested, tokens, flops))
         terms = self._terms([ran.sums for ran in everyone], weights)
-        norm = self._clip(self._config.clip(number, total))
         is_finite = math.isfinite(terms["loss"]) and math.isfinite(norm)
         if is_finite:
             set_rate(self.optimiser, self._config.rate(number, total))
@@ -197,8 +204,8 @@ class StageRun:
             mixed = mixed * 1_000_003 + number
         torch.manual_seed(mixed % 2**63)
 
-    def _backward(self, batch: Any, weights: Mapping[str, float], *, counts: bool) -> dict[str, float]:
-        """Add the gradient of a micro-batch's part of the step's loss; returns its numerators."""
+    def _backward(self, batch: Any, weights: Mapping[str, float], *, counts: bool) -> dict[str, Tensor]:
+        """Add the gradient of a micro-batch's part of the step's loss; returns its numerators, still on the device."""
         with self._autocast():
             totals = self._module(batch)
         loss = None
@@ -210,8 +217,7 @@ class StageRun:
             # Sharded gradients are averaged over ranks; what belongs together is their sum.
             factor = self._ranks.count if self.is_sharded else 1
             (loss * (factor if counts else 0)).backward()
-        numbers = torch.stack([total.detach().double() for total in totals.values()]).tolist()  # one wait for the GPU
-        return dict(zip(totals, numbers, strict=True))
+        return {name: total.detach() for name, total in totals.items()}
 
     def _terms(self, sums: list[dict[str, float]], weights: Mapping[str, float]) -> dict[str, float]:
         """Numerators of all ranks over denominators of all ranks, and the loss."""
@@ -222,13 +228,14 @@ class StageRun:
         named = [coefficient * terms[name] for name, coefficient in self.stage.coefficients.items() if name in terms]
         return {"loss": sum(named), **terms}
 
-    def _clip(self, limit: float) -> float:
+    def _clip(self, limit: float) -> Tensor:
+        """Clip the gradients; returns their norm before that."""
         moving = [p for p in self._parameters if p.requires_grad]
         for parameter in self._parameters:
             if not parameter.requires_grad:
                 parameter.grad = None
         norm = nn.utils.clip_grad_norm_(moving, limit)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _frozen_names(self) -> frozenset[str]:
         return frozenset(name for name, p in self.network.named_parameters() if not p.requires_grad)
@@ -238,3 +245,15 @@ class StageRun:
 
     def _averaged(self) -> AbstractContextManager[None]:
         return nullcontext() if self.average is None else self.average.in_place()
+
+
+def _on_host(records: Sequence[Mapping[str, Tensor]]) -> list[dict[str, float]]:
+    """Scalars as numbers, all of one device together: the host waits for a GPU once a step."""
+    scalars = [scalar.double() for record in records for scalar in record.values()]
+    numbers = [0.0] * len(scalars)
+    for device in {scalar.device for scalar in scalars}:
+        places = [at for at, scalar in enumerate(scalars) if scalar.device == device]
+        for at, number in zip(places, torch.stack([scalars[at] for at in places]).tolist(), strict=True):
+            numbers[at] = number
+    left = iter(numbers)
+    return [{name: next(left) for name in record} for record in records]

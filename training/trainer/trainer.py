@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from worldvln_edge.training.trainer.run_folder import (
     identity_hash,
     open_run,
 )
-from worldvln_edge.training.trainer.stage import Stage, best_metric
+from worldvln_edge.training.trainer.stage import Stage, best_metric, listed_rows
 from worldvln_edge.training.trainer.stage_run import StageRun, StepOutcome
 from worldvln_edge.training.trainer.step_meter import StepMeter
 from worldvln_edge.training.trainer.stop_signal import StopSignal
@@ -152,7 +153,7 @@ class Trainer:
             WorkFolderError: the folder is another run's.
             TrainingDivergedError: `max_bad_steps` steps in a row without a finite loss.
             TrainingStoppedError: SIGTERM or SIGINT came; the state is saved.
-            CheckpointWriteError, CheckpointReadError, LoadingError, RanksError, ConfigError: see there.
+            CheckpointWriteError, CheckpointReadError, LogWriteError, LoadingError, RanksError, ConfigError: see there.
         """
         with open_run(self._folder, self._identity, self._ranks), StopSignal() as stop:
             run = StageRun(
@@ -168,12 +169,13 @@ class Trainer:
                 progress, metrics = self._finish(progress, metrics, active)
             if self._ranks.is_first:
                 plot_curve(self._folder / CURVE_FILE, self._folder / CURVE_PICTURE)
-            if progress.best is not None and progress.best.step != progress.step:
+            if self._config.keep_best and progress.best is not None and progress.best.step != progress.step:
                 self._checkpoints.load(progress.best.step, run.network, run.optimiser, run.average)
             return TrainingResult(
                 steps=progress.step, skipped_steps=progress.skipped_steps, metrics=metrics, weights=run.weights()
             )
 
+    @cached_property
     def total_steps(self) -> int:
         """Of the run; with `epochs`, as if all were as long as the first."""
         config = self._optimiser
@@ -195,7 +197,7 @@ class Trainer:
         meter = StepMeter(
             self._stage.name,
             done=progress.step,
-            total=self.total_steps(),
+            total=self.total_steps,
             peak_flops=peak,
             show=self._show_progress,
         )
@@ -208,7 +210,7 @@ class Trainer:
 
     def _go_on(self, progress: Progress, active: _Active) -> tuple[Progress, dict[str, float] | None]:
         """Make the steps that are missing; returns the metrics too if the last of them was validated."""
-        config, limit, total = self._config, self._optimiser.steps, self.total_steps()
+        config, limit, total = self._config, self._optimiser.steps, self.total_steps
         metrics = epoch = None
         if limit is not None and progress.step >= limit:
             return progress, metrics
@@ -270,7 +272,11 @@ class Trainer:
         in_a_row = progress.skipped_in_a_row + 1
         if in_a_row >= self._config.max_bad_steps:
             bad = [name for name, value in outcome.terms.items() if not math.isfinite(value)]
-            rows = f", first in the micro-batch of rows {outcome.bad_rows}" if outcome.bad_rows else ""
+            rows = (
+                f", first in the micro-batch of {listed_rows(self._stage, outcome.bad_rows)}"
+                if outcome.bad_rows
+                else ""
+            )
             raise TrainingDivergedError(
                 f"{self._stage.name}: {in_a_row} steps in a row without a finite loss, last step {done['step']} "
                 f"(epoch {loaded.at.epoch}): {', '.join(bad)} not finite{rows}. Lower the learning rate, or look at "
@@ -288,7 +294,7 @@ class Trainer:
             extra: dict[str, float | int] = {
                 "epoch": progress.last_epoch,
                 "seconds": round(progress.seconds, 1),
-                "lr": self._optimiser.rate(progress.step - 1, self.total_steps()),
+                "lr": self._optimiser.rate(progress.step - 1, self.total_steps),
                 "skipped": progress.skipped_steps,
             }
             active.log.write(progress.step, means, extra | rates)

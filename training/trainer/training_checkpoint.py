@@ -92,8 +92,8 @@ class TrainingCheckpoints:
         return self._folder / f"step-{step:08d}"
 
     def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, oldest first."""
-        return sorted(int(path.parent.name.partition("-")[2]) for path in self._folder.glob(f"step-*/{PROGRESS_FILE}"))
+        """Steps of the whole checkpoints, oldest first: those that the first rank sees, on every rank."""
+        return self._ranks.gather(self._found() if self._ranks.is_first else None)[0]
 
     def save(
         self,
@@ -108,7 +108,7 @@ class TrainingCheckpoints:
             CheckpointWriteError: the disk is full or cannot be written to; older checkpoints stay as they were.
         """
         target = self.path(progress.step)
-        if (target / PROGRESS_FILE).exists():
+        if progress.step in self.steps():
             return
         state = _state(network, average) | _moments(network, optimiser)
         progress = msgspec.structs.replace(
@@ -149,6 +149,10 @@ class TrainingCheckpoints:
         torch.set_rng_state(state[_RNG])
         return progress
 
+    def _found(self) -> list[int]:
+        """Steps that this rank sees; another machine may see a folder of the network later than its writer."""
+        return sorted(int(path.parent.name.partition("-")[2]) for path in self._folder.glob(f"step-*/{PROGRESS_FILE}"))
+
     def _prepare(self, building: Path, target: Path) -> None:
         for unfinished in (*self._folder.glob(".step-*"), target):  # of a process that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -160,7 +164,7 @@ class TrainingCheckpoints:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(building, target)
-        steps = self.steps()
+        steps = self._found()
         kept = set(steps[-self._keep_last :]) | ({progress.best.step} if progress.best is not None else set())
         for step in steps:
             if step not in kept:
@@ -185,7 +189,7 @@ class TrainingCheckpoints:
             return
         if self._ranks.is_first:
             shutil.rmtree(building, ignore_errors=True)
-        last = self.steps()
+        last = self._found()
         size = "" if needed is None else f"; a checkpoint of this run needs {needed / 1e9:.3g} GB"
         safe = f"the checkpoint of step {last[-1]} is whole" if last else "there is no earlier one"
         raise CheckpointWriteError(

@@ -8,7 +8,7 @@ Source: spec/world_model.md 8; spec/video_vae.md 10; spec/action_decoder.md 3, 8
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -332,8 +332,12 @@ def open_released(
     )
 
 
-def load_source(source: CheckpointSource) -> Checkpoint:
+def load_source(source: CheckpointSource, parts: Collection[str] | None = None) -> Checkpoint:
     """All weights in memory: float32 modules in eval mode, frozen. A missing part is left out of the module.
+
+    Args:
+        source: what to read.
+        parts: of `WorldVLN`; the others stay on the meta device, unread. None: all.
 
     Raises:
         CheckpointError: see `CheckpointSource.tensor`.
@@ -342,7 +346,10 @@ def load_source(source: CheckpointSource) -> Checkpoint:
         model = WorldVLN(source.config)
     for part in source.missing_parts:
         delattr(model, part)
-    model.load_state_dict({key: source.tensor(key).float() for key in source.infos}, assign=True)
+    for part, module in model.named_children():
+        if parts is None or part in parts:
+            keys = [key for key in source.infos if key.startswith(f"{part}.")]
+            module.load_state_dict({key[len(part) + 1 :]: source.tensor(key).float() for key in keys}, assign=True)
     model.requires_grad_(False).eval()
     first = next(key for key in source.infos if key.startswith("world_model.block"))
     return Checkpoint(

@@ -197,7 +197,11 @@ class WorldModel(nn.Module):
         return x_BLC.to(torch.get_autocast_dtype(device) if autocast else self.block_dtype)
 
     def forward_blocks(
-        self, x_BLC: Tensor, rope_2Ln: Tensor, past: list[LayerKV] | None = None
+        self,
+        x_BLC: Tensor,
+        rope_2Ln: Tensor,
+        past: list[LayerKV] | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, list[LayerKV]]:
         """Run all blocks on the tokens of one step.
 
@@ -205,13 +209,14 @@ class WorldModel(nn.Module):
             x_BLC: embedded tokens (`embed_latents` or `project_text`).
             rope_2Ln: float32 [2, L, head_dim/2].
             past: per layer the keys and values the tokens see besides each other, [B, kv_heads, P, head_dim].
+            mask: bool [B, 1, 1, P + L], False for keys that stand for nothing (texts of several lengths).
 
         Returns:
             (hidden [B, L, C] before the final norm, per layer the own keys and values [B, kv_heads, L, head_dim]).
         """
         own: list[LayerKV] = []
         for index, block in enumerate(self.iterate_blocks()):
-            x_BLC, layer = block(x_BLC, rope_2Ln, None if past is None else past[index])
+            x_BLC, layer = block(x_BLC, rope_2Ln, None if past is None else past[index], mask)
             own.append(layer)
         return x_BLC, own
 

@@ -1,0 +1,1 @@
+"""The WorldVLN bridge as a ROS 2 package."""

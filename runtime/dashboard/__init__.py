@@ -1,0 +1,1 @@
+"""A web page that shows a server's flights, and lets an operator hold them."""

@@ -1,0 +1,1 @@
+"""Flights as MCAP files: written while sessions fly, looked into, replayed, and shown."""

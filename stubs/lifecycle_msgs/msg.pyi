@@ -1,0 +1,3 @@
+class Transition:
+    TRANSITION_CONFIGURE: int
+    TRANSITION_ACTIVATE: int

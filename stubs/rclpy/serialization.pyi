@@ -1,0 +1,3 @@
+from typing import Any
+
+def serialize_message(message: Any) -> bytes: ...

@@ -1,0 +1,115 @@
+"""`train grpo-compare` and `train grpo` around their runs: comparing checkpoints, and what is said before flying."""
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from click.testing import CliRunner
+from grpo_flights import expert_task
+from grpo_program import MODEL, NoiseFlier, random_policy, tasks
+from small_models import STATS, WORDS
+
+from worldvln_edge.models.worldvln import save_checkpoint
+from worldvln_edge.tasks import write_task_list
+from worldvln_edge.training.grpo.compare import compare_checkpoints, comparison_table
+from worldvln_edge.training.grpo.grpo_config import EvaluationConfig, GrpoConfig
+from worldvln_edge.training.grpo.grpo_setup import read_held_out_tasks, read_tasks
+from worldvln_edge.training.grpo.scored_collection import GrpoError
+from worldvln_edge.training.stages.tokenizer import build_word_tokenizer
+from worldvln_edge.training.train_cli import train
+
+CONFIG = GrpoConfig(rows=4, evaluation=EvaluationConfig(tasks=3, rollouts=2))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> list[Path]:
+    """A policy, the same one, and one whose semantic bits are less even; the last has a table of its training."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    tokenizer = build_word_tokenizer(WORDS, "<<<t=3s>>>", MODEL.text_encoder.vocabulary).to_str()
+    for name, factor in (("first", 1.0), ("same", 1.0), ("other", 3.0)):
+        model = random_policy()
+        with torch.no_grad():
+            model.world_model.semantic_head2.weight.mul_(factor)
+        save_checkpoint(folder / name, model, STATS, tokenizer, dtype=torch.float32)
+    rows = [{"collection": 0}, {"collection": 1, "clipped": 0.25, "environment_steps_total": 960.0}]
+    (folder / "other" / "collections.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [folder / name for name in ("first", "same", "other")]
+
+
+def compare(checkpoints: list[Path], work: Path, said: list[str]):
+    return compare_checkpoints(
+        checkpoints,
+        tasks(3, "held-out"),
+        CONFIG,
+        lambda policy: NoiseFlier(policy, said.append),
+        work,
+        device=torch.device("cpu"),
+    )
+
+
+def test_checkpoints_are_compared_on_the_same_flights_and_a_comparison_goes_on(checkpoints: list[Path], tmp_path: Path):
+    said: list[str] = []
+    first, same, other = compare(checkpoints, tmp_path, said)
+    assert first.reward_difference is first.k3 is first.clipped is None
+    assert same.reward_difference is not None
+    assert (same.reward_difference.mean, same.reward_difference.standard_error, same.k3) == (0, 0, 0)
+    assert same.reward == first.reward
+    assert other.reward_difference is not None
+    assert other.reward_difference.mean == pytest.approx(other.reward - first.reward)
+    assert (other.reward_difference.tasks, other.reward_difference.flights) == (3, 6)
+    assert other.k3 is not None
+    assert other.k3 > 1e-3
+    assert (other.clipped, other.environment_steps) == (0.25, 960.0)
+    flown = len(said)
+    assert flown == 12  # two policies are the same, and so are their flights
+    assert compare(checkpoints, tmp_path, said) == [first, same, other]
+    assert len(said) == flown
+    lines = comparison_table([first, same, other]).splitlines()
+    assert len({line.index(str(path)) for line, path in zip(lines[1:], checkpoints, strict=True)}) == 1
+    assert lines[1].split()[1] == "-"
+    assert f"{other.reward_difference.mean:+.4f}" in lines[3]
+
+
+def test_one_checkpoint_or_two_presets_cannot_be_compared(checkpoints: list[Path], tmp_path: Path):
+    with pytest.raises(GrpoError, match="comparing takes at least two checkpoints"):
+        compare(checkpoints[:1], tmp_path, [])
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in checkpoints[1].iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    config = msgspec.structs.replace(
+        MODEL, name="bigger", generation=msgspec.structs.replace(MODEL.generation, tau_video=0.9)
+    )
+    (other / "config.json").write_bytes(config.to_json())
+    with pytest.raises(GrpoError, match=r"is of bigger, .*first of tiny, or sizes differ"):
+        compare([checkpoints[0], other], tmp_path / "work", [])
+
+
+def test_what_cannot_begin_is_said_before_anything_flies(checkpoints: list[Path], tmp_path: Path):
+    def said(*options: str) -> str:
+        arguments = ["grpo", "--checkpoint", str(checkpoints[0]), "--work", str(tmp_path / "work"), *options]
+        result = CliRunner().invoke(train, arguments)
+        assert result.exit_code != 0
+        return str(result.exception) + result.output
+
+    out = ["--out", str(tmp_path / "out")]
+    assert "give --data FLIGHTS, or --set grpo.anchor=0 for none" in said(*out)
+    assert "would replace" in said("--out", str(checkpoints[0]), "--set", "grpo.anchor=0")
+    assert "unknown key grpo.candidate; did you mean candidates" in said(*out, "--set", "grpo.candidate=4")
+    assert "grpo.candidates must be >= 2, found 1" in said(*out, "--set", "grpo.candidates=1")
+    assert "no reward 'speed'; known are action" in said(*out, "--set", "grpo.reward.weights.speed=1")
+    assert "aux is of the published objective only" in said(*out, "--set", "grpo.objective.aux=0.1")
+    assert not (tmp_path / "work").exists()
+
+
+def test_tasks_come_from_files_or_from_the_simulator(tmp_path: Path):
+    listed = [expert_task(MODEL, task_id=f"t{i}") for i in range(3)]
+    write_task_list(listed, tmp_path / "tasks.json")
+    assert {task.task_id for task in read_tasks(tmp_path / "tasks.json", seed=0).take(0, 3)} == {"t0", "t1", "t2"}
+    assert [task.task_id for task in read_held_out_tasks(tmp_path / "tasks.json", 2)] == ["t0", "t1"]
+    with pytest.raises(GrpoError, match=r"tasks.json: 3 tasks, and 4 are to be evaluated; .* grpo.evaluation.tasks=3"):
+        read_held_out_tasks(tmp_path / "tasks.json", 4)
+    assert read_tasks(None, seed=0).fingerprint == "generated train"
+    assert read_held_out_tasks(None, 1)[0].task_id == "validation-000000"

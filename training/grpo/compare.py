@@ -1,0 +1,209 @@
+"""Checkpoints on the same held-out tasks and seeds: the table that says whether GRPO was worth it.
+
+Every checkpoint flies every task as often, guidance 1 and temperature 1, as in training. What is flown is kept flight
+by flight in the work folder, so a comparison that was broken off goes on.
+Source: spec/training.md 8.4 (paired by task and seed, standard error over tasks).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+
+from worldvln_edge.models.checkpoint_source import load_source, open_any
+from worldvln_edge.models.worldvln import Checkpoint
+from worldvln_edge.runtime.worldvln.tokenizer import PromptTokenizer
+from worldvln_edge.tasks import Task
+from worldvln_edge.training.grpo.collection import Collection, CollectionConfig
+from worldvln_edge.training.grpo.fly_collection import collect
+from worldvln_edge.training.grpo.grpo_config import GrpoConfig
+from worldvln_edge.training.grpo.held_out import HeldOutResult, PairedDifference, paired_difference
+from worldvln_edge.training.grpo.objective import ObjectiveConfig, sample_losses
+from worldvln_edge.training.grpo.policy_batch import PolicyBatchMaker
+from worldvln_edge.training.grpo.rewards import WeightedRewards
+from worldvln_edge.training.grpo.rollout_policy import RolloutPolicy
+from worldvln_edge.training.grpo.run_collections import MakeFlier
+from worldvln_edge.training.grpo.run_table import TABLE_FILE
+from worldvln_edge.training.grpo.scored_collection import GrpoError, judge_flights, padded
+from worldvln_edge.training.grpo.scoring import score_samples
+from worldvln_edge.training.stages.backbone_network import FrozenTextFeatures
+from worldvln_edge.training.trainer.loss_log import read_curve
+
+_KEPT_PROMPTS = 1024
+
+
+class ComparedPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One checkpoint in the table; differences are to the first one."""
+
+    checkpoint: str
+    flights: int
+    failed: int
+    reward: float
+    success: float
+    reward_difference: PairedDifference | None
+    """None: it is the first one."""
+    success_difference: PairedDifference | None
+    k3: float | None
+    """Mean over the bits that this policy drew, from the first one: how far it has moved."""
+    clipped: float | None
+    """Of the last pass of its training; None: the checkpoint has no GRPO table."""
+    environment_steps: float | None
+    """That its training flew; None alike."""
+
+
+def compare_checkpoints(
+    checkpoints: Sequence[Path],
+    tasks: Sequence[Task],
+    config: GrpoConfig,
+    make_flier: MakeFlier,
+    work: Path,
+    *,
+    device: torch.device,
+    trust_pickle: bool = False,
+    show: Callable[[str], None] = lambda line: None,
+) -> list[ComparedPolicy]:
+    """Fly and compare.
+
+    Args:
+        checkpoints: at least two of one preset; the first is what the others are compared with.
+        tasks: each is flown `config.evaluation.rollouts` times.
+        config: policy scales, repetitions, rewards.
+        make_flier: where the policies fly.
+        work: flights and results.
+        device: of the networks.
+        trust_pickle: see `open_any`.
+        show: takes lines on how it goes.
+
+    Raises:
+        GrpoError: one checkpoint alone, or two presets.
+        CheckpointError, CollectionError, RewardError: see there.
+    """
+    if len(checkpoints) < 2:
+        raise GrpoError("comparing takes at least two checkpoints; the first is what the others are compared with")
+    first: Checkpoint | None = None
+    start: HeldOutResult | None = None
+    found: list[ComparedPolicy] = []
+    for path in checkpoints:
+        show(f"flying {path}")
+        loaded = load_source(open_any(path, trust_pickle=trust_pickle))
+        loaded.model.to(device).requires_grad_(False)
+        if first is None:
+            first = loaded
+        elif first.config != loaded.config:
+            raise GrpoError(
+                f"{path} is of {loaded.config.name}, {checkpoints[0]} of {first.config.name}, or sizes differ"
+            )
+        flown = _fly(loaded, tasks, config, make_flier, work)
+        result = _judge(flown, tasks, config, loaded)
+        start = start or result
+        is_first = loaded is first
+        row = _last_row(path)
+        found.append(
+            ComparedPolicy(
+                checkpoint=str(path),
+                flights=len(result.flights),
+                failed=result.failed,
+                reward=result.reward,
+                success=result.success,
+                reward_difference=None if is_first else paired_difference(result, start),
+                success_difference=None if is_first else paired_difference(result, start, "succeeded"),
+                k3=None if is_first else _k3(loaded, first, flown, config),
+                clipped=row.get("clipped"),
+                environment_steps=row.get("environment_steps_total"),
+            )
+        )
+    return found
+
+
+def comparison_table(policies: Sequence[ComparedPolicy]) -> str:
+    """The comparison as text."""
+    lines = [
+        f"{'reward':>8} {'minus first':>12} {'+- SE':>8} {'success':>8} {'minus first':>12} {'+- SE':>8} {'k3':>9} "
+        f"{'clipped':>8} {'env steps':>10} {'flights':>8}  checkpoint"
+    ]
+    for one in policies:
+        reward, success = one.reward_difference, one.success_difference
+        lines.append(
+            f"{one.reward:>8.4f} {_number(reward and reward.mean, '+.4f'):>12} "
+            f"{_number(reward and reward.standard_error, '.4f'):>8} {one.success:>8.4f} "
+            f"{_number(success and success.mean, '+.4f'):>12} {_number(success and success.standard_error, '.4f'):>8} "
+            f"{_number(one.k3, '.5f'):>9} {_number(one.clipped, '.3f'):>8} "
+            f"{_number(one.environment_steps, '.0f'):>10} {one.flights:>8}  {one.checkpoint}"
+        )
+    return "\n".join(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def _tokenizer(loaded: Checkpoint) -> PromptTokenizer:
+    return PromptTokenizer.load(loaded.tokenizer_file, loaded.config.world_model.text_max_tokens)
+
+
+def _fly(
+    loaded: Checkpoint, tasks: Sequence[Task], config: GrpoConfig, make_flier: MakeFlier, work: Path
+) -> Collection:
+    policy = RolloutPolicy(
+        loaded.model,
+        loaded.stats.latent_head,
+        _tokenizer(loaded),
+        policy_scales=config.policy_scales,
+        repetitions=config.repetitions,
+        rows=config.rows,
+    )
+    chosen = hashlib.sha256(msgspec.json.encode([list(tasks), config.evaluation.rollouts])).hexdigest()
+    folder = work / f"{policy.digest[:16]}-{chosen[:8]}"
+    flown = collect(folder, make_flier(policy), tasks, CollectionConfig(candidates=config.evaluation.rollouts))
+    assert flown is not None  # nobody asks it to stop
+    return flown
+
+
+def _judge(flown: Collection, tasks: Sequence[Task], config: GrpoConfig, loaded: Checkpoint) -> HeldOutResult:
+    reward, report = config.reward, flown.report
+    flights = judge_flights(
+        list(flown.traces()),
+        {task.task_id: task for task in tasks},
+        WeightedRewards(reward.weights, reward.terms, step=loaded.config.horizon.step),
+        bonus=reward.success_bonus,
+    )
+    return HeldOutResult(
+        flights=tuple(flights),
+        failed=len(report.failed),
+        environment_steps=report.environment_steps,
+        seconds=report.seconds_now,
+    )
+
+
+def _k3(new: Checkpoint, first: Checkpoint, flown: Collection, config: GrpoConfig) -> float:
+    """Mean k3 per bit over all segments that `new` flew."""
+    maker = PolicyBatchMaker(new.config, _tokenizer(new))
+    total, count = 0.0, 0
+    texts = [FrozenTextFeatures(one.model.text_encoder, kept=_KEPT_PROMPTS) for one in (new, first)]
+    for trace in flown.traces():
+        samples = [(trace, segment) for segment in range(len(trace.segments))]
+        own, other = (
+            score_samples(one.model.world_model, maker, text, samples, together=config.micro_samples)
+            for one, text in zip((new, first), texts, strict=True)
+        )
+        is_bit = padded([torch.ones_like(score) for score in own]).bool()
+        losses = sample_losses(
+            padded(own), padded(own), padded(other), is_bit, torch.zeros(len(own)), ObjectiveConfig()
+        )
+        total, count = total + float(losses.k3.double().sum()), count + len(own)
+    return total / count
+
+
+def _last_row(checkpoint: Path) -> dict[str, float]:
+    """Last row of the table of a GRPO run whose output this is, empty where it is none."""
+    try:
+        rows = [row for row in read_curve(checkpoint / TABLE_FILE) if "clipped" in row]
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return {}
+    return rows[-1] if rows else {}
