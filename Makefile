@@ -48,9 +48,9 @@ define ensure_narrow_bundle
 	$(call ensure_bundle,runs/bench/narrow/checkpoint,runs/bench/narrow/bundle)
 endef
 
-# The variable silences an advertisement that would be taken for a warning.
+# The variable silences an advertisement; with --quiet, warnings would not be counted.
 define build_site
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build >build/docs.log 2>&1 || { cat build/docs.log; exit 1; }
 endef
 
 .PHONY: help setup demo test test-slow test-ros bench bench-schedule profiles profiles-schedule bench-gpu bench-export bench-serve bench-record lint docs clean

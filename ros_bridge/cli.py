@@ -61,7 +61,8 @@ def run_command(via: str, config_file: Path) -> None:
 @_via
 @_config
 @_socket
-def setpoints_command(via: str, config_file: Path, socket_path: Path) -> None:
+@click.option("--parent", type=int, hidden=True, help="Process that started this one: it ends with that.")
+def setpoints_command(via: str, config_file: Path, socket_path: Path, parent: int | None) -> None:
     """The setpoint process alone: the only one that moves the drone.
 
     Example: worldvln-edge ros setpoints --via dds --config drone.toml --socket /run/worldvln/setpoints.sock
@@ -71,6 +72,7 @@ def setpoints_command(via: str, config_file: Path, socket_path: Path) -> None:
     from worldvln_edge.ros_bridge.setpoints.policy_link import LinkListener
     from worldvln_edge.ros_bridge.setpoints.punctuality import become_punctual
     from worldvln_edge.ros_bridge.setpoints.setpoint_choice import setpoint_process
+    from worldvln_edge.ros_bridge.supervisor import end_with_parent
 
     config = read_bridge_config(config_file)
     _log_to_stderr("setpoints")
@@ -81,6 +83,8 @@ def setpoints_command(via: str, config_file: Path, socket_path: Path) -> None:
         try:
             process = setpoint_process(config, port, listener)
             _stop_on_signals(process.stop)
+            if parent is not None:
+                end_with_parent(parent, process.stop)
             process.run()
         finally:
             port.close()

@@ -55,7 +55,10 @@ class PolicyHeartbeat:
             try:
                 self._link.send(Alive(seen_ns=self._server_seen_ns))
             except LinkError:
-                return  # whoever flies finds out by itself
+                # A setpoint process that stood still for long has lost words of ours: whoever flies has to begin anew,
+                # and must not go on without a heartbeat.
+                self._link.close()
+                return
 
     def _ping(self) -> None:
         while not self._stopping.is_set():

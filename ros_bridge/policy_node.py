@@ -71,6 +71,7 @@ class PolicyNode:
         self._is_stopping = False
         self._chunks = 0
         self._last_report: Progress | None = None
+        self._faults: tuple[str, ...] = ()  # latched at any time of this flight, reset or not
         self._flight = ok(FLIGHT, "waiting for an instruction")
         self._diagnostics_due_s = 0.0
         port.subscribe_image(self._receive_image)
@@ -158,7 +159,9 @@ class PolicyNode:
 
     def _fly_segments(self, client: SessionClient, flight: Flight) -> None:
         self._take_in(self._turns.look())
+        self._faults = () if self._last_report is None else self._last_report.faults
         self._intake.restart()
+        self._link.send(Stop())  # what was said to flights before does not concern this one
         horizons, seed = self._config.server.horizons, self._config.server.seed
         if horizons > 1:
             client.start(flight.instruction, seed=seed, chain=True, max_horizons=horizons)
@@ -242,10 +245,8 @@ class PolicyNode:
                 f"the simulator has not gone on for {_STUCK_S:g} s",
                 "see its log; with topics.lockstep it has to show /clock, odometry and an image at every step",
             )
-        if self._last_report is not None and self._last_report.faults:
-            raise FlightEndedError(
-                f"the setpoint process latched {', '.join(self._last_report.faults)}", "see its diagnostics"
-            )
+        if self._faults:
+            raise FlightEndedError(f"the setpoint process latched {', '.join(self._faults)}", "see its diagnostics")
 
     def _check_progress(self, slots: ProgressSlots, sent_ago_s: float) -> None:
         """Raises FlightEndedError: the chunk is not flown."""
@@ -265,6 +266,7 @@ class PolicyNode:
         """Take in what came, publish diagnostics; the reports."""
         if reports:
             self._last_report = reports[-1]
+            self._faults = next((report.faults for report in reports if report.faults), self._faults)
         while self._images:
             sample, arrived_s = self._images.popleft()
             if self._turns.is_new(sample.stamp_ns):

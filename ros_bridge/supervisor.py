@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
@@ -61,7 +64,22 @@ class Supervisor:
             self._policy = None
 
     def _start(self, name: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-m", "worldvln_edge", "ros", name, *self._options])
+        # The policy ends with the line to the setpoint process.
+        parent = ["--parent", str(os.getpid())] if name == "setpoints" else []
+        return subprocess.Popen([sys.executable, "-m", "worldvln_edge", "ros", name, *self._options, *parent])
+
+
+def end_with_parent(parent: int, stop: Callable[[], None]) -> None:
+    """Call `stop` when the process `parent`, which started this one, has ended: the next `ros run` starts a setpoint
+    process of its own, and two of them must never fly one drone."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_S)
+        _log.error("the process that started this one has ended, so setpoints end")
+        stop()
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -69,6 +69,17 @@ class MessagePort:
     def subscribe_command(self, receive: Callable[[str], None]) -> None:
         self._wire.subscribe(self._topics.command, self._types.String, lambda text, _: receive(text.data))
 
+    def announce_setpoints(self) -> None:
+        topics, types = self._topics, self._types
+        setpoint = {"velocity": "TwistStamped", "pose": "PoseStamped", "px4": "TrajectorySetpoint"}[
+            topics.setpoint_kind
+        ]
+        self._wire.readers(topics.setpoint, getattr(types, setpoint))
+        if topics.setpoint_kind == "px4":
+            self._wire.readers(topics.offboard_control_mode, types.OffboardControlMode)
+        self._wire.readers(topics.path, types.Path)
+        self._wire.readers(topics.chunk, types.MultiDOFJointTrajectory)
+
     def publish_setpoint(self, velocity_m_s: Sequence[float], yaw_rate_rad_s: float) -> None:
         if self._topics.setpoint_kind == "px4":
             self._wire.publish(self._topics.offboard_control_mode, self._build.px4_control_mode())

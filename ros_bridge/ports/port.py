@@ -52,6 +52,10 @@ class Port(Protocol):
         """Words of the operator: `stop`, `reset`."""
         ...
 
+    def announce_setpoints(self) -> None:
+        """Announce setpoints, path and chunk, so that readers have found them when the first one is published."""
+        ...
+
     def publish_setpoint(self, velocity_m_s: Sequence[float], yaw_rate_rad_s: float) -> None:
         """With `topics.setpoint_kind` velocity and px4."""
         ...

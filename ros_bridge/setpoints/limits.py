@@ -32,7 +32,7 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     geofence_max_m: tuple[float, float, float]
     """Corners of the box that the drone stays in."""
     min_height_m: float = 1.0
-    """Nothing descends below; a drone that is below may only climb or hold."""
+    """Nothing descends below; a drone that is below may not descend further."""
     max_speed_m_s: float = 2.0
     """Horizontal."""
     max_climb_m_s: float = 1.0

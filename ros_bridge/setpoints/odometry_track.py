@@ -12,6 +12,10 @@ import numpy as np
 
 from worldvln_edge.ros_bridge.conversions import wrap_rad
 
+_JUMP_RAD, _TURNING_RAD_S = 0.5, 4.0
+"""A heading that changes by more than the first and what a drone turns by hand in between, was reset by the estimator:
+the world of the chunk that is flown is another one."""
+
 
 class OdometryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stale_after_s: float = 0.2
@@ -35,7 +39,8 @@ class OdometryTrack:
         self._is_finite = True
 
     def push(self, position_3: np.ndarray, yaw_rad: float, now_s: float) -> bool:
-        """Take a pose in; False if it lies further off than the drone can have flown (it is taken all the same)."""
+        """Take a pose in; False if it lies further off than the drone can have flown or turned (it is taken all the
+        same)."""
         pose = np.array([*position_3, yaw_rad], np.float64)
         self._is_finite = bool(np.isfinite(pose).all())
         if not self._is_finite or (self._times and now_s < self._times[-1]):
@@ -45,8 +50,10 @@ class OdometryTrack:
             last, seconds = self._poses[-1], now_s - self._times[-1]
             # Twice the speed limit: an overshoot is the autopilot's, and no fault of the odometry.
             reach = 2 * self._max_speed_m_s * seconds + self.config.max_jump_m
+            turned = float(wrap_rad(pose[3] - last[3]))
             is_plausible = bool(np.linalg.norm(pose[:3] - last[:3]) <= reach)
-            pose[3] = last[3] + wrap_rad(pose[3] - last[3])
+            is_plausible = is_plausible and abs(turned) <= _JUMP_RAD + _TURNING_RAD_S * seconds
+            pose[3] = last[3] + turned
             if not is_plausible:
                 self._times.clear()  # nothing is interpolated across a jump
                 self._poses.clear()

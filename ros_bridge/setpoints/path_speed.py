@@ -16,10 +16,19 @@ import numpy as np
 from worldvln_edge.ros_bridge.setpoints.chunk_path import ChunkPath
 from worldvln_edge.ros_bridge.setpoints.limits import LimitsConfig
 
-REST_S = 0.05
-"""A chunk is used up when the velocity is so low that it can be taken away within this time."""
+_REST_S, _REST_M_S, _REST_RAD_S = 0.05, 0.1, 0.1
+"""A drone counts as slow when its velocity can be taken away within this time, and is not above these: with loose
+limits the first alone would call a drone slow that is still on its way."""
 _SLOWING_SHARE = 0.5
 """Of the acceleration limit, for slowing down towards the end of a chunk; the rest is left for corrections."""
+
+
+def rest_speeds(limits: LimitsConfig) -> tuple[float, float]:
+    """Speed (m/s) and turning (rad/s) up to which a drone counts as slow; at the end of a chunk it has to be."""
+    return (
+        min(_REST_S * limits.max_acceleration_m_s2, _REST_M_S),
+        min(_REST_S * limits.max_yaw_acceleration_rad_s2, _REST_RAD_S),
+    )
 
 
 def allowed_share(path: ChunkPath, progress: float, limits: LimitsConfig) -> float:
@@ -27,10 +36,9 @@ def allowed_share(path: ChunkPath, progress: float, limits: LimitsConfig) -> flo
     metres, turns = path.remaining(progress)
     x, y, z, turning = (float(value) for value in path.velocity_at(progress))
     # Never so slow that the end is not reached: what can be taken away at once may go on.
-    stoppable, stoppable_turn = (
-        max(math.sqrt(2 * _SLOWING_SHARE * limit * left), REST_S / 2 * limit)
-        for limit, left in ((limits.max_acceleration_m_s2, metres), (limits.max_yaw_acceleration_rad_s2, turns))
-    )
+    slow, slow_turn = rest_speeds(limits)
+    stoppable = max(math.sqrt(2 * _SLOWING_SHARE * limits.max_acceleration_m_s2 * metres), slow / 2)
+    stoppable_turn = max(math.sqrt(2 * _SLOWING_SHARE * limits.max_yaw_acceleration_rad_s2 * turns), slow_turn / 2)
     return min(
         1.0,
         _share(math.hypot(x, y, z), stoppable),
@@ -64,7 +72,7 @@ def share_of_motion(
     """Share at which a drone moves along a path that it has not been told of yet, 0 to 1."""
     velocity_4 = path.velocity_at(progress)
     speed = float(np.linalg.norm(velocity_4[:3]))
-    if speed > REST_S * limits.max_acceleration_m_s2:
+    if speed > rest_speeds(limits)[0]:
         share = float(velocity_3 @ velocity_4[:3]) / (speed * speed)
     else:  # it turns on the spot
         turning = float(velocity_4[3])

@@ -29,7 +29,7 @@ from worldvln_edge.ros_bridge.setpoints.limits import (
     approach_velocity,
 )
 from worldvln_edge.ros_bridge.setpoints.odometry_track import OdometryConfig, OdometryTrack
-from worldvln_edge.ros_bridge.setpoints.path_speed import REST_S, allowed_share, reachable_share, share_of_motion
+from worldvln_edge.ros_bridge.setpoints.path_speed import allowed_share, reachable_share, rest_speeds, share_of_motion
 from worldvln_edge.ros_bridge.setpoints.pose_reference import PoseReference
 from worldvln_edge.ros_bridge.setpoints.setpoint_config import SetpointConfig
 
@@ -38,6 +38,8 @@ _LONGEST_TICK_S = 0.1
 """A tick that comes later counts as this long: nothing is made up for."""
 _TAIL = 1e-3
 """Progress that is left standing in front of the end until the drone is slow."""
+_MOST_TURN_DEG = 180.0
+"""Of one action: whoever wants more would turn the other way."""
 
 
 class Setpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +70,7 @@ class SetpointLogic:
         self._velocity_3, self._yaw_rate = np.zeros(3), 0.0
         self._share = 0.0  # of full speed along the path, in the last tick
         self._newest_chunk = -1
+        self._is_halted = False
         self._path: ChunkPath | None = None
         self._chunk_number: int | None = None
         self._chunk_seen_s, self._progress = 0.0, 0.0
@@ -81,12 +84,12 @@ class SetpointLogic:
     def policy_restarted(self) -> None:
         """Another policy process has connected: its chunks are numbered anew, those of the old one are not flown."""
         self._drop_chunk()
-        self._newest_chunk = -1
+        self._newest_chunk, self._is_halted = -1, False
 
     def odometry(self, position_3: np.ndarray, yaw_rad: float, now_s: float) -> None:
         """Where the drone is. Anything not finite makes it hold."""
         if not self._odometry.push(position_3, yaw_rad, now_s):
-            self.faults.set("odometry_jump", "the odometry jumped further than the drone can have flown")
+            self.faults.set("odometry_jump", "the odometry jumped further than the drone can have flown or turned")
 
     def chunk(self, number: int, actions_N6: np.ndarray, *, fps: float, seen_s: float, now_s: float) -> str | None:
         """Fly these actions from now on, in place of what is left of those before.
@@ -109,6 +112,8 @@ class SetpointLogic:
             self.faults.set("bad_chunk", f"chunk {number} {nonsense}")
             self._drop_chunk()
             return nonsense
+        if self._is_halted:
+            return "the flight was stopped by a command"
         start = self._odometry.at(seen_s)
         if start is None:
             return "there is no odometry for the moment at which its frame was taken"
@@ -126,8 +131,14 @@ class SetpointLogic:
         return self._path
 
     def stop(self) -> None:
-        """The flight has ended or was cancelled: hold."""
+        """The policy's flight has ended, or another one begins: hold."""
         self._drop_chunk()
+        self._is_halted = False
+
+    def halt(self) -> None:
+        """The operator's stop: hold, and fly no chunk of this flight any more, also if the policy has not heard it."""
+        self._drop_chunk()
+        self._is_halted = True
 
     def reset(self) -> tuple[str, ...]:
         """Forget the latched faults, and the chunk; their names. A cause that is still there is latched again."""
@@ -194,6 +205,8 @@ class SetpointLogic:
             reachable_share(path, self._progress, self.limits, self._share, seconds),
         )
         share *= self._share_of_lag(path, here_4)
+        # Flown through: what is left is to come to the end, and that is the correction's.
+        share = 0.0 if self._progress >= path.length - _TAIL else share
         self._share = share
         velocity_4 = share * path.velocity_at(self._progress)
         progress = min(self._progress + share * path.fps * seconds, path.length - _TAIL)
@@ -213,8 +226,8 @@ class SetpointLogic:
 
     def _is_slow(self, velocity_4: np.ndarray) -> bool:
         speed, turning = float(np.linalg.norm(velocity_4[:3])), abs(float(velocity_4[3]))
-        limits = self.limits
-        return speed <= REST_S * limits.max_acceleration_m_s2 and turning <= REST_S * limits.max_yaw_acceleration_rad_s2
+        slow, slow_turn = rest_speeds(self.limits)
+        return speed <= slow and turning <= slow_turn
 
     def _share_of_lag(self, path: ChunkPath, here_4: np.ndarray) -> float:
         """Progress waits for a drone that cannot follow."""
@@ -233,6 +246,9 @@ class SetpointLogic:
         longest_m = float(np.linalg.norm(actions[:, :3], axis=1).max()) / 100
         if longest_m > self.config.max_step_m:
             return f"moves {longest_m:.2f} m in one action; {self.config.max_step_m:g} m are allowed"
+        widest_deg = float(np.abs(actions[:, 4]).max())
+        if widest_deg > _MOST_TURN_DEG:
+            return f"turns by {widest_deg:g} deg in one action; {_MOST_TURN_DEG:g} are allowed"
         if not 0 < fps <= 100:
             return f"counts {fps:g} actions a second"
         if seen_s > now_s:

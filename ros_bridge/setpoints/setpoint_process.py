@@ -51,6 +51,7 @@ class SetpointProcess:
         self._last = Setpoint(mode="silent", reason="starting")
         self._refused = ""
         self._is_stopping = False
+        port.announce_setpoints()
         port.subscribe_odometry(self._receive_odometry)
         port.subscribe_command(self._commands.append)
 
@@ -162,7 +163,7 @@ class SetpointProcess:
 
     def _obey(self, command: str) -> None:
         if command == "stop":
-            self._logic.stop()
+            self._logic.halt()
         elif command == "reset":
             names = self._logic.reset()
             _log.warning("reset by command: %s", ", ".join(names) or "there was no fault")

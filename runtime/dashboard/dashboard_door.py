@@ -38,7 +38,6 @@ from worldvln_edge.runtime.dashboard.flight_board import FlightBoard
 from worldvln_edge.runtime.doors.access import AccessRule
 from worldvln_edge.runtime.doors.entrance import client_address
 from worldvln_edge.runtime.doors.http_errors import error_response
-from worldvln_edge.runtime.sessions.session_events import SentFrame
 from worldvln_edge.runtime.sessions.session_manager import SessionManager
 
 PAGE_PATH = "/dashboard"
@@ -212,13 +211,12 @@ def _is_address(host: str) -> bool:
         return False
 
 
-def _picture(sent: SentFrame, frame: np.ndarray) -> tuple[bytes, str]:
+def _picture(data: bytes | str | None, frame: np.ndarray) -> tuple[bytes, str]:
     """A frame for an `<img>`: as it was sent where browsers show that, else PNG at the model's size."""
-    data = sent.data
     try:
-        if isinstance(data, str) and sent.raw_hw is None:
+        if isinstance(data, str):
             data = base64.b64decode(data.rpartition(",")[2])
-        if isinstance(data, bytes) and sent.raw_hw is None:
+        if data is not None:
             return data, f"image/{read_image_header(data).format.lower()}"
     except (UnknownFormatError, ValueError):
         pass

@@ -91,7 +91,7 @@ class _Flight:
         self._prompt, self._seed, self._is_held = opened.prompt, opened.seed, opened.is_held
         self._frames = len(opened.restored_frames)
         self._emitted, self._profile, self.ended = opened.restored_emitted, "", ""
-        self.last_frame: tuple[SentFrame, np.ndarray] | None = None
+        self.last_frame: tuple[bytes | str | None, np.ndarray] | None = None
         self._is_posed = False
         self._poses: deque[np.ndarray] = deque([np.zeros(6)], maxlen=_KEPT_POINTS)
         self._flown_to = self._frames  # frame that the last pose belongs to
@@ -104,7 +104,7 @@ class _Flight:
     def take(self, event: SessionEvent) -> None:
         if isinstance(event, FramesStored):
             self._frames = event.first + len(event.frames) - 1
-            self.last_frame = (event.sent[-1], event.frames[-1])
+            self.last_frame = (_encoded(event.sent[-1]), event.frames[-1])
             self._fly(event)
         elif isinstance(event, SettingsReplaced):
             self._prompt, self._seed, self._is_held = event.prompt, event.seed, event.is_held
@@ -194,8 +194,13 @@ class FlightBoard:
         if isinstance(event, SessionClosed):
             self._forget_old()
 
-    def last_frame(self, peer: str, uid: str) -> tuple[SentFrame, np.ndarray] | None:
-        """The newest frame of a session: as it was sent, and at the model's size; None where there is none."""
+    def last_frame(self, peer: str, uid: str) -> tuple[bytes | str | None, np.ndarray] | None:
+        """The newest frame of a session; None where there is none.
+
+        Returns:
+            The image, or its base64 text or data URL, as it was sent, None where pixels were; and uint8 [H, W, 3] at
+            the model's size.
+        """
         flight = self._flights.get(uid)
         return flight.last_frame if flight is not None and flight.peer == peer else None
 
@@ -230,6 +235,11 @@ class FlightBoard:
         closed = [uid for uid, flight in self._flights.items() if flight.ended]
         for uid in closed[: max(0, len(closed) - _KEPT_CLOSED)]:
             del self._flights[uid], self._changes[uid]
+
+
+def _encoded(sent: SentFrame) -> bytes | str | None:
+    """Raw pixels are not kept: they may be a view of everything that was sent with them."""
+    return sent.data if sent.raw_hw is None and isinstance(sent.data, bytes | str) else None
 
 
 def _points(poses: deque[np.ndarray] | list[np.ndarray]) -> list[list[float]]:

@@ -72,6 +72,15 @@ def find_gpu(machine: Machine) -> tuple[Gpu | None, list[Finding]]:
             else "install the NVIDIA driver anew, restart, and look at `dmesg | grep -i nvrm`"
         )
         return None, [Finding(check="gpu", state="problem", what=f"nvidia-smi says: {first}", do=do)]
+    if machine.has("nvidia-smi"):
+        return None, [
+            Finding(
+                check="gpu",
+                state="problem",
+                what="nvidia-smi does not answer",
+                do="look at `dmesg | grep -i nvrm`, and restart the computer",
+            )
+        ]
     if _has_nvidia_card(machine):
         return None, [
             Finding(

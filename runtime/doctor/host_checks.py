@@ -30,10 +30,10 @@ def _processor(machine: Machine) -> Finding:
     name = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", info, re.MULTILINE)
     what = f"{name[1].strip() if name else 'unnamed processor'}, {cores} cores"
     governors = {
-        path.read_text(encoding="utf-8").strip()
+        machine.text(str(path.relative_to(machine.root)))  # None of a core that is switched off
         for path in machine.matches("sys/devices/system/cpu/cpu*/cpufreq/scaling_governor")
     }
-    slow = sorted(governors - {"performance"})
+    slow = sorted(name for name in governors if name and name != "performance")
     if slow:
         return Finding(
             check="processor",

@@ -7,11 +7,18 @@ Source: timedatectl(1), chronyc(1).
 from __future__ import annotations
 
 import errno
+import http.client
 import socket
+from typing import Any
+
+import msgspec
 
 from worldvln_edge.runtime.doctor.finding import Finding
 from worldvln_edge.runtime.doctor.machine import Machine
 
+_OF_ALL = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""All addresses -> the one on which a server behind them is asked."""
+_PATIENCE_S = 2.0
 _FAR_S = 0.1
 """A clock that is further off moves a frame by more than one and a half slots of 1/16 s."""
 
@@ -25,10 +32,25 @@ def check_port(host: str, port: int) -> Finding:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             trial.bind((host, port))
     except OSError as error:
+        if error.errno == errno.EADDRINUSE and _is_our_server(host, port):
+            return Finding(check=name, state="note", what=f"a policy server listens on {host} already")
         return Finding(
             check=name, state="problem", what=f"{host} port {port}: {error.strerror}", do=_way_out(error, port)
         )
     return Finding(check=name, state="ok", what=f"free on {host}")
+
+
+def _is_our_server(host: str, port: int) -> bool:
+    """Does a server of this software answer there? One behind TLS does not tell."""
+    connection = http.client.HTTPConnection(_OF_ALL.get(host, host), port, timeout=_PATIENCE_S)
+    try:
+        connection.request("GET", "/health")
+        report = msgspec.json.decode(connection.getresponse().read(2**16), type=dict[str, Any])
+    except (OSError, http.client.HTTPException, msgspec.MsgspecError, UnicodeError):
+        return False
+    finally:
+        connection.close()
+    return {"protocol", "backend"} <= report.keys()
 
 
 def _way_out(error: OSError, port: int) -> str:

@@ -12,7 +12,7 @@ import msgspec
 
 from worldvln_edge.runtime.doctor.finding import Finding
 from worldvln_edge.runtime.doctor.gpu import DRIVER_OF_CUDA, Gpu
-from worldvln_edge.runtime.doctor.machine import Machine
+from worldvln_edge.runtime.doctor.machine import Answer, Machine
 
 _CPU, _CUDA, _TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _OLDEST_ORT = (1, 25)
@@ -90,7 +90,8 @@ def _onnx_runtime(machine: Machine, packages: dict[str, str]) -> tuple[tuple[str
             return (), problem("not installed", "pip install 'worldvln-edge[cpu]', or [gpu] with an NVIDIA GPU")
         return (), problem(
             f"installed, but does not load: {_last_line(machine, _RUNTIME)}",
-            "install it again for this Python and this processor: pip install --force-reinstall onnxruntime",
+            "install it again for this Python and this processor: pip install --force-reinstall --no-deps "
+            + ("onnxruntime-gpu" if "onnxruntime-gpu" in packages else "onnxruntime"),
         )
     version, providers = said["version"], tuple(said["providers"])
     what = f"{version} with {', '.join(provider.removesuffix('ExecutionProvider') for provider in providers)}"
@@ -119,7 +120,7 @@ def _cuda(machine: Machine, gpu: Gpu | None, providers: tuple[str, ...]) -> tupl
     answer = machine.ask_python(_CUDA_TRIAL)
     if answer is not None and answer.code == 0 and answer.output.endswith("ran"):
         return True, [Finding(check="cuda", state="ok", what="ONNX Runtime computes on the GPU")]
-    reason = "no answer within a minute" if answer is None else answer.output.splitlines()[-1][:200]
+    reason = "no answer within a minute" if answer is None else _end_of(answer)
     newest = max(DRIVER_OF_CUDA)
     finding = Finding(
         check="cuda",
@@ -142,7 +143,7 @@ def _tensorrt(machine: Machine, gpu: Gpu | None, packages: dict[str, str]) -> tu
         elif package.replace("_", "-") in packages:
             finding = Finding(
                 check=package,
-                state="warning" if gpu is None else "problem",
+                state="warning",
                 what=f"installed, but does not load: {_last_line(machine, f'import {package}')}",
                 do=f"pip install --force-reinstall {package.replace('_', '-')}; on a Jetson take JetPack's",
             )
@@ -202,7 +203,12 @@ def _json(machine: Machine, code: str) -> dict[str, Any] | None:
 
 def _last_line(machine: Machine, code: str) -> str:
     answer = machine.ask_python(code)
-    return "no answer" if answer is None or not answer.output else answer.output.splitlines()[-1][:200]
+    return "no answer" if answer is None else _end_of(answer)
+
+
+def _end_of(answer: Answer) -> str:
+    """What a program said last; a crash says nothing."""
+    return answer.output.splitlines()[-1][:200] if answer.output else f"it ended with status {answer.code}"
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -81,7 +81,16 @@ class FrameList:
         return decode_each(self._frames[new][:keep], self._decode_one, room_bytes=room_bytes)
 
     def sent(self, new: slice) -> list[SentFrame]:
-        return [SentFrame(data, None if isinstance(data, bytes) else data.shape[:2]) for data in self._frames[new]]
+        frames = self._frames[new]
+        arrays = [frame for frame in frames if isinstance(frame, np.ndarray)]
+        # Whoever keeps a view keeps all that it was cut from, which may be every frame since the beginning.
+        keeps_too_much = bool(arrays) and _owner_bytes(arrays[0]) > 2 * sum(frame.nbytes for frame in arrays)
+        return [
+            SentFrame(data)
+            if isinstance(data, bytes)
+            else SentFrame(data.copy() if keeps_too_much else data, data.shape[:2])
+            for data in frames
+        ]
 
     def _decode_one(self, frame: np.ndarray | bytes) -> np.ndarray:
         try:
@@ -91,6 +100,13 @@ class FrameList:
             return np.array(frame, order="C")  # a copy: a view would keep the whole message
         except ImageError as error:
             raise ProtocolError(error.code, str(error)) from None
+
+
+def _owner_bytes(array: np.ndarray) -> int:
+    """Of the array that this one is a view of."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array.nbytes
 
 
 def decode_observation(data: bytes, limits: Limits) -> Observation:

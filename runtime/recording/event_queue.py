@@ -16,6 +16,7 @@ from worldvln_edge.runtime.recording.recording_messages import Gap
 from worldvln_edge.runtime.sessions.session_events import (
     FramesPredicted,
     FramesStored,
+    SessionClosed,
     SessionEvent,
     SessionOpened,
 )
@@ -40,7 +41,8 @@ class EventQueue:
 
     Args:
         max_bytes: of the pictures that wait. One event alone may have more.
-        max_events: that wait.
+        max_events: that wait. Beginnings and ends of sessions, without which nothing else is of use, find room for as
+            many again.
     """
 
     def __init__(self, max_bytes: int, max_events: int = _MOST_EVENTS):
@@ -60,8 +62,10 @@ class EventQueue:
         with self._changed:
             if self._is_closed:
                 return
-            is_full = len(self._waiting) >= self._max_events
-            if is_full or (size and self._waiting and self._waiting_bytes + size > self._max_bytes):
+            is_border = isinstance(event, SessionOpened | SessionClosed)
+            is_full = len(self._waiting) >= self._max_events * (2 if is_border else 1)
+            is_large = size and self._waiting and self._waiting_bytes + size > self._max_bytes
+            if is_full or (is_large and not is_border):
                 self._lose(event)
                 return
             self._waiting.append(Queued(time_ns, event, self._gaps.pop(event.uid, None), size))

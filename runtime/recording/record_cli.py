@@ -142,17 +142,19 @@ def replay_command(
         policy.close()
     for problem in recording.problems:
         click.echo(problem, err=True)
+    if recording.is_there_more and not report.missing:
+        report.missing = recording.problems[-1]
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(report), indent=2).decode())
     else:
         flown = f"{recording.opening.policy.backend} on {recording.opening.policy.device}"
         click.echo(f"{report.segments} segments, flown with {flown}, replayed with {here}")
-        if report.first_difference is None:
-            click.echo("all actions are the same")
-        else:
+        if report.first_difference is None and report.segments:
+            click.echo("all actions are the same" if not report.missing else "their actions are the same")
+        elif report.first_difference is not None:
             click.echo(f"first difference: {report.first_difference}")
             click.echo(f"largest: {report.max_cm:.6g} cm, {report.max_deg:.6g} deg; {report.different} segments differ")
         if report.missing:
-            click.echo(f"not compared further: {report.missing}")
+            click.echo(f"not compared{' further' if report.segments else ''}: {report.missing}")
     if not report.is_same:
         raise click.exceptions.Exit(1)

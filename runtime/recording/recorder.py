@@ -8,6 +8,7 @@ the flight goes on. What comes faster than it can be written is left out and cou
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -171,9 +172,19 @@ class Recorder:
         began = time.strftime("%Y%m%dT%H%M%S", time.gmtime(time_ns // 10**9))
         stem = f"{began}.{time_ns // 10**6 % 1000:03d}Z-{event.uid}"
         opening = opening_of(event, self._info, self._settings)
-        file = RecordingFile(part_path(self._folder, stem, 0))
+        file = self._new_file(stem, 0)
         self._open[event.uid] = recording = _OpenRecording(opening, stem, file, time.monotonic())
         self._add(recording, opening, time_ns)
+
+    def _new_file(self, stem: str, part: int) -> RecordingFile:
+        file = RecordingFile(part_path(self._folder, stem, part))
+        folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with contextlib.suppress(OSError):  # not every file system has a way to say this of folders
+                os.fsync(folder)  # a file that is on the disk is found there only if its name is, too
+        finally:
+            os.close(folder)
+        return file
 
     def _add(self, recording: _OpenRecording, message: Message, time_ns: int) -> None:
         before = recording.file.size_bytes
@@ -190,7 +201,7 @@ class Recorder:
             self._check_room()
             recording.file.finish()
             recording.opening = msgspec.structs.replace(recording.opening, part=recording.opening.part + 1)
-            recording.file = RecordingFile(part_path(self._folder, recording.stem, recording.opening.part))
+            recording.file = self._new_file(recording.stem, recording.opening.part)
             recording.file.add_note(recording.opening, time_ns)
 
     def _flush_old(self) -> None:

@@ -46,6 +46,10 @@ class _DamageError(Exception):
     """Nothing can be read from here on."""
 
 
+class _CutError(_DamageError):
+    """There is nothing from here on."""
+
+
 class Recording:
     """One session, of however many files; may be read several times.
 
@@ -61,6 +65,8 @@ class Recording:
         self.parts = _find_parts(path)
         self.problems: list[str] = []
         """What is wrong with the files, once they were read: cut, damaged, or a part is missing."""
+        self.is_there_more = False
+        """More was written than could be read: a part is damaged or missing, or is cut in front of another one."""
         first = next(self._part(self.parts[0], 0), None)
         if first is None:
             raise RecordingReadError(f"{self.problems[0]}; nothing can be read")
@@ -69,7 +75,7 @@ class Recording:
 
     def __iter__(self) -> Iterator[Timed]:
         """All messages; the openings of later parts are left out."""
-        self.problems = []
+        self.problems, self.is_there_more = [], False
         for number, path in enumerate(self.parts):
             for timed in self._part(path, number):
                 if not (number and isinstance(timed.message, Opening)):
@@ -77,6 +83,7 @@ class Recording:
             if self.problems:
                 left = len(self.parts) - number - 1
                 if left:
+                    self.is_there_more = True
                     self.problems[-1] += f"; {left} parts behind it are not read"
                 return
 
@@ -93,6 +100,7 @@ class Recording:
                 raise _DamageError("holds no message")
         except _DamageError as error:
             self.problems.append(f"{path.name}: {error}")
+            self.is_there_more = not isinstance(error, _CutError)
 
     def _check_opening(self, message: Message, number: int) -> None:
         if not isinstance(message, Opening):
@@ -163,7 +171,7 @@ def _records(path: Path) -> Iterator[object]:
             except Exception as error:  # the boundary to foreign code: damaged bytes make it raise anything
                 # A length that was read may point behind the end; what was cut shorter than that lies at the end.
                 if file.tell() >= size or isinstance(error, RecordLengthLimitExceeded):
-                    raise _DamageError(
+                    raise _CutError(
                         f"was cut at {size} bytes (the power or the program went away while it was written, or it is "
                         "still being written); what follows its last whole chunk is not there"
                     ) from error

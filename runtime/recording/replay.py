@@ -70,7 +70,7 @@ class ReplayReport(msgspec.Struct, kw_only=True):
     max_cm: float = 0.0
     max_deg: float = 0.0
     missing: str = ""
-    """Why the rest could not be compared; empty: all was."""
+    """Why the rest, or anything, could not be compared; empty: all was."""
 
     @property
     def is_same(self) -> bool:
@@ -97,6 +97,8 @@ def replay(
             flight.take(message)
             if flight.report.missing:
                 break
+        if not flight.report.segments and not flight.report.missing:
+            flight.report.missing = "no segment is recorded"
     finally:
         flight.session.close()
     return flight.report

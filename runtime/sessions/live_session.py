@@ -159,7 +159,15 @@ class LiveSession:
     def _settings_replaced(self) -> None:
         prompt, seed, negative_prompt, is_held = self.prompt, self.seed, self.negative_prompt, self.is_held
         if self.log is not None:
-            self.log.add(Settings(prompt=prompt, seed=seed, negative_prompt=negative_prompt, is_held=is_held))
+            self.log.add(
+                Settings(
+                    prompt=prompt,
+                    seed=seed,
+                    negative_prompt=negative_prompt,
+                    is_held=is_held,
+                    said_prompt=self.said_prompt,
+                )
+            )
         self.events.tell(
             SettingsReplaced(uid=self.uid, prompt=prompt, seed=seed, negative_prompt=negative_prompt, is_held=is_held)
         )

@@ -15,6 +15,7 @@ Source: spec/session_protocol.md 2.5, 7.2, 7.4.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +26,7 @@ from worldvln_edge.config import HorizonConfig
 from worldvln_edge.protocol import StageTimes
 from worldvln_edge.runtime.sessions.policy import ActionChunk, Emit
 
+_log = logging.getLogger(__name__)
 Pose = tuple[float, float, float, float, float, float]
 """As clients send it: poses.POSE_ORDER, cm and deg."""
 
@@ -207,7 +209,7 @@ class SessionEvents:
         """Tell this watcher from now on.
 
         Args:
-            watcher: returns at once and raises nothing: the flight waits for it.
+            watcher: returns at once: the flight waits for it. One that raises is told nothing more.
 
         Returns:
             Ends the subscription; twice does no harm.
@@ -218,8 +220,12 @@ class SessionEvents:
 
     def tell(self, event: SessionEvent) -> None:
         """Tell every watcher, in the order in which they came."""
-        for watcher in tuple(self._watchers.values()):
-            watcher(event)
+        for number, watcher in tuple(self._watchers.items()):
+            try:
+                watcher(event)
+            except Exception as error:  # whoever looks on must not end a flight, whatever is wrong with it
+                self._forget(number)
+                _log.error("a watcher of sessions failed, and is told nothing more", exc_info=error)
 
     def _forget(self, number: int) -> None:
         self._watchers.pop(number, None)

@@ -22,6 +22,7 @@ class MemoryPort:
         self.chunks: list[tuple[np.ndarray, float]] = []
         self.steps_done: list[int] = []
         self.checks: dict[str, Diagnostic] = {}
+        self.is_announced = False
 
     def now_ns(self) -> int:
         return time.time_ns()
@@ -40,6 +41,9 @@ class MemoryPort:
 
     def subscribe_command(self, receive: Callable[[str], None]) -> None:
         self.receive["command"] = receive
+
+    def announce_setpoints(self) -> None:
+        self.is_announced = True
 
     def publish_setpoint(self, velocity_m_s: Sequence[float], yaw_rate_rad_s: float) -> None:
         self.setpoints.append((tuple(velocity_m_s), yaw_rate_rad_s))

@@ -73,10 +73,16 @@ def install(monkeypatch: Any) -> Graph:
         setattr(module, message, kind)
     for name, module in {**modules, **_rclpy(graph), **_own_action()}.items():
         monkeypatch.setitem(sys.modules, name, module)
-    for name in ("rclpy_types", "rclpy_wire", "rclpy_fly_action"):
-        monkeypatch.delitem(sys.modules, f"worldvln_edge.ros_bridge.ports.{name}", raising=False)
-    monkeypatch.delitem(sys.modules, "worldvln_edge.ros_bridge.lifecycle_node", raising=False)
+    for name in ("ports.rclpy_types", "ports.rclpy_wire", "ports.rclpy_fly_action", "lifecycle_node"):
+        forget_module(monkeypatch, f"worldvln_edge.ros_bridge.{name}")
     return graph
+
+
+def forget_module(monkeypatch: Any, name: str) -> None:
+    """Have a module imported anew in this test; what it imports is forgotten behind it, so that no other test meets
+    it. To delete the name alone would not do that, where the module was not imported before."""
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.delitem(sys.modules, name)
 
 
 class _Publisher:

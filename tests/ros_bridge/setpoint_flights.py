@@ -29,6 +29,8 @@ class Flight:
     position: np.ndarray = field(default_factory=lambda: np.array([0.0, 0.0, 3.0]))
     yaw: float = 0.0
     now_s: float = 100.0
+    effort: float = 1.0
+    """Share of every velocity that the drone reaches."""
 
     def __post_init__(self) -> None:
         self.logic = SetpointLogic(self.config, self.limits)
@@ -45,7 +47,7 @@ class Flight:
         self.now_s += seconds
         if self.ticks and self.ticks[-1][1].mode != "silent":
             last = self.ticks[-1][1]
-            self.position = self.position + np.array(last.velocity_m_s) * seconds
+            self.position = self.position + self.effort * np.array(last.velocity_m_s) * seconds
             self.yaw += last.yaw_rate_rad_s * seconds
         if odometry:
             self.logic.odometry(self.position, self.yaw, self.now_s)

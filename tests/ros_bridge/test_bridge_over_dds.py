@@ -47,7 +47,7 @@ def test_an_instruction_is_flown_to_its_end(bridge, drone):
 
 
 @pytest.mark.parametrize("victim", ["policy", "server"])
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("blow", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_when_policy_or_server_dies_the_drone_holds_and_setpoints_stop(bridge, drone, victim, blow):
     drone.fly("Fly ahead.")
     bridge.processes[victim].send_signal(blow)
@@ -76,6 +76,31 @@ def test_stop_ends_the_flight(bridge, drone):
     drone.command("stop")
     drone.wait(lambda: drone.setpoints[-1].speed == 0, "a hold", 2)
     drone.wait(lambda: "the flight was stopped" in bridge.log("policy"), what="the end of the flight")
+
+
+def test_when_ros_run_is_killed_its_processes_end(tmp_path):
+    with bridge_processes(tmp_path) as processes:
+        run = processes.start("run")
+        children: list[Path] = []
+        give_up_s = time.monotonic() + 60
+        while len(children) < 2:
+            assert time.monotonic() < give_up_s, processes.log("run")
+            time.sleep(0.05)
+            children = [
+                Path("/proc", pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+            ]
+        run.kill()
+        while any("worldvln" in _command(child) for child in children):
+            assert time.monotonic() < give_up_s, processes.log("run")
+            time.sleep(0.05)
+        assert "the process that started this one has ended, so setpoints end" in processes.log("run")
+
+
+def _command(process: Path) -> str:
+    try:
+        return (process / "cmdline").read_text()
+    except OSError:
+        return ""
 
 
 def test_two_cameras_on_the_topic_are_named(bridge, drone):

@@ -1,5 +1,6 @@
 """The policy process against a real server and a setpoint process that the test plays."""
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,15 @@ from worldvln_edge.ros_bridge.diagnostics import Level
 from worldvln_edge.ros_bridge.policy_heartbeat import PolicyHeartbeat
 from worldvln_edge.ros_bridge.policy_node import PolicyNode
 from worldvln_edge.ros_bridge.server_connection import server_client
-from worldvln_edge.ros_bridge.setpoints.policy_link import Alive, Chunk, LinkListener, PolicyLink, Progress, Stop
+from worldvln_edge.ros_bridge.setpoints.policy_link import (
+    Alive,
+    Chunk,
+    LinkError,
+    LinkListener,
+    PolicyLink,
+    Progress,
+    Stop,
+)
 from worldvln_edge.runtime.doors.server import BackgroundServer
 from worldvln_edge.runtime.sessions.null_policy import NullPolicy
 
@@ -72,7 +81,7 @@ class Desk:
 
     def wait_for_end(self, text: str) -> None:
         self.wait_for_diagnostic(text)
-        self.wait(lambda: self.stops >= 1)
+        self.wait(lambda: self.stops >= 2)  # the first one begins the flight
 
     def _fly(self) -> None:
         progress = 0.0
@@ -196,6 +205,36 @@ def test_a_stop_while_the_server_plans_keeps_its_actions_from_being_flown(tmp_pa
         assert server.server.manager.sessions == 0
 
 
+def test_a_fault_that_was_reset_while_the_server_plans_ends_the_flight_all_the_same(tmp_path):
+    with BackgroundServer(ForwardPolicy(infer_s=1.0)) as server, Desk(tmp_path, server.url) as desk:
+        desk.instruct()
+        desk.wait(lambda: desk.stops == 1)  # the flight has begun
+        desk.faults = ("odometry_jump",)
+        time.sleep(0.1)
+        desk.faults = ()
+        desk.wait_for_end("the setpoint process latched odometry_jump")
+        assert desk.chunks == []
+
+
+def test_a_policy_that_could_not_beat_does_not_go_on_without_a_heartbeat(tmp_path, url):
+    listener = LinkListener(tmp_path / "line.sock")
+    link = PolicyLink(listener.path)
+    link._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least: full after some beats
+    link._socket.settimeout(0.05)
+    heartbeat = PolicyHeartbeat(link, server_client(ServerConfig(url=url)))
+    heartbeat.start()  # to a setpoint process that stands still
+    give_up_s = time.monotonic() + 15
+    try:
+        while link._socket.fileno() >= 0:
+            assert time.monotonic() < give_up_s
+            time.sleep(0.01)
+        with pytest.raises(LinkError, match="the line to the setpoint process is lost"):
+            link.receive(0.02)  # as the flight's own thread does all the time
+    finally:
+        heartbeat.stop()
+        listener.close()
+
+
 def test_images_whose_stamps_are_on_another_clock_are_named(desk, monkeypatch):
     show = desk.port.show_image
     monkeypatch.setattr(desk.port, "show_image", lambda **options: show(age_s=1000.0, **options))
@@ -231,7 +270,7 @@ def test_a_flight_ends_when_whoever_asked_cancels_it_and_when_another_is_asked_f
     cancelled.cancel()
     assert cancelled.wait(10)
     assert cancelled.outcome.message == "the flight was stopped"
-    desk.wait(lambda: desk.stops == 1)
+    desk.wait(lambda: desk.stops == 2)
     flights = [desk.node.request(text) for text in ("Fly on.", "Turn left.", "Turn right.")]
     desk.wait(lambda: flights[-1].progress.state == "flying")
     assert [flight.wait(10) for flight in flights[:2]] == [True, True]

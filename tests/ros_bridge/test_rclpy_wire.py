@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("rosbags", reason="needs the extra dev")
 
-from ros2_on_the_desk import GoalHandle, Transition, install
+from ros2_on_the_desk import GoalHandle, Transition, forget_module, install
 from setpoint_flights import LIMITS
 
 from worldvln_edge.ros_bridge.bridge_config import BridgeConfig, DdsConfig
@@ -137,7 +137,7 @@ def test_px4_messages_that_are_not_built_are_named(graph, monkeypatch):
 
 def test_without_ros_2_the_message_says_what_to_source(monkeypatch):
     monkeypatch.setitem(sys.modules, "rclpy", None)
-    monkeypatch.delitem(sys.modules, "worldvln_edge.ros_bridge.ports.rclpy_wire", raising=False)
+    forget_module(monkeypatch, "worldvln_edge.ros_bridge.ports.rclpy_wire")
     with pytest.raises(
         WireMissingError, match=r"ROS 2 is not to be found .*; source /opt/ros/<distribution>/setup.bash"
     ):

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from mcap.exceptions import EndOfFile
 from mcap.records import Message
 from mcap.stream_reader import StreamReader
+from ros2_on_the_desk import forget_module
 from rosbags.highlevel import AnyReader
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
@@ -255,7 +256,9 @@ def test_help_of_the_ways_names_all_three(command):
     assert f"Example: worldvln-edge ros {command}" in output
 
 
-def test_without_ros_2_the_command_says_what_to_source_in_one_line(tmp_path):
+def test_without_ros_2_the_command_says_what_to_source_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rclpy", None)
+    forget_module(monkeypatch, "worldvln_edge.ros_bridge.ports.rclpy_wire")
     config = tmp_path / "drone.toml"
     config.write_text("[limits]\ngeofence_min_m = [-20, -20, 0]\ngeofence_max_m = [20, 20, 10]\n")
     arguments = ["--via", "ros2", "--config", str(config), "--socket", str(tmp_path / "line.sock")]

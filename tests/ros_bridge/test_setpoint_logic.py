@@ -70,6 +70,20 @@ def test_a_flown_chunk_ends_where_its_actions_lead(turn_deg):
     assert flight.ticks[-1][1].progress == 16
 
 
+@pytest.mark.parametrize("limit", [0.2, 2.0, 20.0, 90.0])
+@pytest.mark.parametrize(("cm", "count"), [(5.0, 16), (90.0, 2)])
+def test_a_chunk_is_used_up_where_it_ends_however_loose_or_tight_the_limits_are(limit, cm, count):
+    limits = msgspec.structs.replace(LIMITS, max_acceleration_m_s2=limit, max_yaw_acceleration_rad_s2=limit)
+    config = SetpointConfig(stale_after_s=30.0)
+    flight = Flight(limits=limits, config=config, effort=0.7)
+    flight.send(forward_chunk(cm, count=count))
+    end = cm / 100 * count
+    while flight.tick().reason != "the chunk is used up":
+        assert flight.now_s < 120
+    assert flight.position[0] == pytest.approx(end, abs=0.11)
+    assert flight.accelerations().max() <= limit + 1e-6
+
+
 def test_two_chunks_are_flown_as_one_motion_when_the_second_is_there_in_time():
     flight = Flight()
     flight.send(forward_chunk())
@@ -181,8 +195,20 @@ def test_stop_holds_at_once():
     assert (setpoint.mode, setpoint.velocity_m_s, setpoint.reason) == ("hold", _ZERO, "no chunk")
 
 
+def test_the_operators_stop_is_not_undone_by_chunks_until_the_flight_is_over():
+    flight = _flying()
+    flight.logic.halt()
+    assert flight.send(forward_chunk()) == "the flight was stopped by a command"
+    assert {setpoint.velocity_m_s for setpoint in flight.fly(0.5)} == {_ZERO}
+    assert flight.logic.faults.names == ()
+    flight.logic.stop()
+    assert flight.send(forward_chunk()) is None
+    assert flight.tick().mode == "fly"
+
+
 def test_another_policy_process_numbers_its_chunks_anew():
     flight = _flying()
+    flight.logic.halt()
     flight.logic.policy_restarted()
     assert flight.tick().velocity_m_s == _ZERO
     assert flight.logic.chunk(1, forward_chunk(), fps=16, seen_s=flight.now_s, now_s=flight.now_s) is None
@@ -209,6 +235,8 @@ def test_a_chunk_whose_frame_is_older_than_the_odometry_is_refused_and_is_no_fau
         (np.zeros((16, 5)), {}, "has the shape (16, 5), not [N, 6]"),
         (np.zeros((0, 6)), {}, "has the shape (0, 6), not [N, 6]"),
         (forward_chunk(150), {}, "moves 1.50 m in one action; 1 m are allowed"),
+        (forward_chunk(turn_deg=200), {}, "turns by 200 deg in one action; 180 are allowed"),
+        (forward_chunk(turn_deg=1e308), {}, "turns by 1e+308 deg in one action; 180 are allowed"),
         (forward_chunk(), {"fps": 0.0}, "counts 0 actions a second"),
         (forward_chunk(), {"age_s": -1.0}, "rests on a frame from the future"),
     ],
@@ -226,6 +254,21 @@ def test_a_jump_of_the_odometry_is_latched():
     flight = _flying()
     flight.position = flight.position + np.array([3.0, 0, 0])
     assert flight.tick().reason == "latched: odometry_jump"
+
+
+def test_a_heading_that_the_estimator_resets_is_latched_as_a_jump():
+    flight = _flying()
+    flight.yaw += 0.7
+    assert flight.tick().reason == "latched: odometry_jump"
+    assert flight.ticks[-1][1].velocity_m_s == _ZERO
+
+
+def test_a_pilot_who_turns_the_drone_quickly_is_no_jump():
+    flight = _flying()
+    for _ in range(40):
+        flight.yaw += 3.0 * 0.025
+        flight.tick()
+    assert flight.logic.faults.names == ()
 
 
 def test_a_drone_outside_of_the_geofence_is_latched_and_a_reset_out_there_latches_again():

@@ -16,12 +16,14 @@ from PIL import Image
 from worldvln_edge.client import SessionClient
 from worldvln_edge.protocol import UNSET, Limits, Observe, ProtocolError, Start
 from worldvln_edge.runtime.dashboard.flight_board import FlightBoard
+from worldvln_edge.runtime.doors.openpi_codec import FrameList
 from worldvln_edge.runtime.doors.server import BackgroundServer
 from worldvln_edge.runtime.sessions.null_policy import NullPolicy, NullSession
 from worldvln_edge.runtime.sessions.policy import NonFiniteActionsError, StoppedError
 from worldvln_edge.runtime.sessions.session_events import SegmentEmitted, SettingsReplaced
 from worldvln_edge.runtime.sessions.session_journal import SessionJournal
 from worldvln_edge.runtime.sessions.session_manager import SessionManager
+from worldvln_edge.runtime.worldvln.prediction_preview import PredictionPreview
 from worldvln_edge.runtime.worldvln.worldvln_policy import PREVIEW_GRAPHS, load_policy
 
 FRAME = np.full((8, 8, 3), 127, np.uint8)
@@ -285,8 +287,24 @@ def test_request_that_is_refused_at_the_entrance_is_noted():
     assert all(reason.startswith("overloaded: ") for reason in asyncio.run(fly()))
 
 
+def test_watcher_that_fails_ends_no_flight(caplog: pytest.LogCaptureFixture):
+    def broken(event):
+        raise KeyError("a fault of the dashboard")
+
+    board = FlightBoard()
+    with (
+        BackgroundServer(NullPolicy(), watchers=[broken, board.watch]) as server,
+        SessionClient(server.url) as client,
+    ):
+        client.start("go")
+        assert client.observe([FRAME]).hold is None
+    assert caplog.text.count("a watcher of sessions failed") == 1
+    (state,) = asyncio.run(anext(board.states("")))
+    assert (state.frames, state.emitted) == (1, 0)
+
+
 def test_page_does_not_take_the_requests_of_the_flight_that_it_shows():
-    limits = Limits(max_requests_per_s=1)
+    limits = Limits(max_requests_per_s=0.01)  # after a burst of four
     with BackgroundServer(NullPolicy(), dashboard=True, limits=limits) as server, SessionClient(server.url) as client:
         client.start("go")
         page = Page(server)
@@ -305,6 +323,14 @@ def test_camera_is_shown_as_it_was_sent(server: BackgroundServer):
         status, body, headers = page.ask("GET", f"/api/{uid}/frame")
         assert (status, body, headers["content-type"]) == (200, sent, "image/jpeg")
         assert page.ask("GET", f"/api/{uid}/predicted")[0] == 204  # this policy predicts nothing
+
+
+def test_what_watchers_keep_of_a_repeated_prefix_is_what_is_new():
+    message = np.zeros((40, 8, 8, 3), np.uint8)
+    frames = FrameList(list(message), Limits())
+    (newest,) = frames.sent(slice(39, None))
+    assert newest.data.base is None  # no view of all forty
+    assert frames.sent(slice(0, None))[0].data.base is message
 
 
 def test_predicted_frames_are_a_strip(tiny_bundle: Path):
@@ -331,25 +357,21 @@ def test_predicting_makes_way_and_goes_on_and_holds_no_more_than_was_promised(ti
     noise = np.random.default_rng(0)
     frames = [noise.integers(0, 256, (*policy.info.image_hw, 3), np.uint8) for _ in range(points[-1])]
 
-    def flown():
-        session, given = policy.new_session("go"), 0
-        for point in points[:-1]:
-            assert session.observe(frames[given:point]) is not None
-            given = point
-        return session
-
-    whole, in_steps, stops = flown(), flown(), 0
+    session, given, stops = policy.new_session("go"), 0, 0
+    for point in points[:-1]:
+        assert session.observe(frames[given:point]) is not None
+        given = point
     while True:
         try:
-            found = in_steps.predicted_frames(lambda: True)
+            found = session.predicted_frames(lambda: True)
             break
         except StoppedError:
             stops += 1
-    expected = whole.predicted_frames()
     assert stops > 1
-    np.testing.assert_array_equal(found, expected)
-    assert in_steps.predicted_frames() is found  # a second page costs nothing
-    assert in_steps.held_bytes <= policy.session_bytes
+    observed = session.observed_clips[: policy.clips_of(session.emitted)[0]]
+    np.testing.assert_array_equal(found, PredictionPreview(policy.engines).frames(observed, session.last_prediction))
+    assert session.predicted_frames() is found  # a second page costs nothing
+    assert session.held_bytes <= policy.session_bytes
     policy.close()
 
 

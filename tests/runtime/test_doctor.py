@@ -19,7 +19,9 @@ from worldvln_edge.runtime.doctor.finding import Finding, Report, report_of, rep
 from worldvln_edge.runtime.doctor.gpu import Gpu, find_gpu
 from worldvln_edge.runtime.doctor.machine import Machine
 from worldvln_edge.runtime.doctor.network_checks import check_clock, check_port
-from worldvln_edge.runtime.doctor.packages import Software
+from worldvln_edge.runtime.doctor.packages import Software, _onnx_runtime
+from worldvln_edge.runtime.doors.server import BackgroundServer
+from worldvln_edge.runtime.sessions.null_policy import NullPolicy
 
 _ORIN = Gpu(name="Orin", compute_capability=(8, 7))
 _RTX = "NVIDIA GeForce RTX 4090, 580.82.07, 24564, 24000, 8.9"
@@ -84,10 +86,48 @@ def test_small_container_whose_onnx_runtime_does_not_load_and_whose_port_is_take
     told = advice(report)
     assert report.result == "problem"
     assert "container's limit" in told["memory"]
-    assert "--force-reinstall onnxruntime" in told["onnx runtime"]
+    assert "--force-reinstall --no-deps onnxruntime" in told["onnx runtime"]
     assert "GLIBC_2.38" in by_check(report)["onnx runtime"].what
     assert f"sport = :{port}" in told[f"port {port}"]
     assert by_check(report)["precisions"].what == "nothing here runs a bundle"
+
+
+def test_server_that_runs_already_is_not_to_be_stopped():
+    with BackgroundServer(NullPolicy()) as server:
+        finding = check_port("127.0.0.1", server.server.http_port)
+    assert finding.state == "note"
+    assert "a policy server listens" in finding.what
+
+
+def test_trial_that_crashes_without_a_word_is_a_problem(tmp_path: Path):
+    computer = plain_computer(tmp_path)
+    computer.program("nvidia-smi", _RTX)
+    computer.module(
+        "onnxruntime",
+        "import os\n__version__ = '1.31.0'\n"
+        "def get_available_providers(): return ['CUDAExecutionProvider']\n"
+        "def __getattr__(name): os._exit(3)\n",
+    )
+    report = examine(machine=computer.machine, addresses=())
+    assert by_check(report)["cuda"].state == "problem"
+    assert "it ended with status 3" in by_check(report)["cuda"].what
+
+
+def test_gpu_build_that_does_not_load_is_not_mended_with_the_other_one(tmp_path: Path):
+    computer = plain_computer(tmp_path)
+    computer.module("onnxruntime", "raise ImportError('libcudart.so.13: cannot open shared object file')")
+    providers, (finding,) = _onnx_runtime(computer.machine, {"onnxruntime-gpu": "1.31.0"})
+    assert providers == ()
+    assert finding.do.endswith(" onnxruntime-gpu")
+
+
+def test_nvidia_smi_that_does_not_answer_is_not_taken_for_a_missing_driver(tmp_path: Path):
+    computer = plain_computer(tmp_path)
+    computer.program("nvidia-smi", _RTX)
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/nothing/that/runs\n")
+    gpu, (finding,) = find_gpu(computer.machine)
+    assert gpu is None
+    assert finding.what == "nvidia-smi does not answer"
 
 
 def test_gpu_that_onnx_runtime_does_not_reach_is_a_problem(tmp_path: Path):

@@ -28,7 +28,7 @@ from worldvln_edge.runtime.recording.recording_file import RecordingFile
 from worldvln_edge.runtime.recording.recording_messages import Gap, Segment
 from worldvln_edge.runtime.recording.recording_reader import Recording, RecordingReadError
 from worldvln_edge.runtime.sessions.null_policy import NullPolicy
-from worldvln_edge.runtime.sessions.session_events import FramesStored, SentFrame, SessionResumed
+from worldvln_edge.runtime.sessions.session_events import FramesStored, SentFrame, SessionClosed, SessionResumed
 from worldvln_edge.runtime.sessions.session_manager import SessionManager
 
 JPEGS = [picture(value) for value in range(1, 50)]
@@ -77,7 +77,13 @@ def test_cut_recording_opens_up_to_its_last_whole_chunk(whole, tmp_path):
         assert found == reference[: counts[max(end for end in ends if end <= cut)]], cut
         assert (len(recording.problems), "was cut" in recording.problems[0]) == (1, True), recording.problems
         report = replayed(recording, SeeingPolicy())
-        assert (report.is_same, report.segments) == (True, sum(isinstance(each, Segment) for each in found))
+        segments = sum(isinstance(each, Segment) for each in found)
+        assert (report.is_same, report.segments, report.missing) == (
+            segments > 0,
+            segments,
+            "" if segments else "no segment is recorded",
+        )
+        assert not recording.is_there_more
 
 
 @pytest.mark.parametrize("size", [0, 5, 8, 30, 900])
@@ -138,6 +144,7 @@ def test_missing_part_is_named(tmp_path):
     recording = Recording(third)
     assert 0 < len(pictures(recording)) < 49
     assert f"{third.name}: is part 2, and part 1 is missing" in recording.problems[0]
+    assert recording.is_there_more
     first.unlink()
     with pytest.raises(RecordingReadError, match="part 0 of this recording is missing"):
         Recording(third)
@@ -172,6 +179,20 @@ def test_queue_leaves_out_what_does_not_fit_and_tells_it_once():
     for _ in range(6):
         queue.put(SessionResumed(uid="c"), 8)
     assert queue.lost_events == 5
+
+
+def test_queue_that_is_full_still_has_room_for_beginnings_and_ends():
+    """Without its beginning nothing of a session is recorded, and without its end its file stays open."""
+    queue, ended = EventQueue(max_bytes=100, max_events=2), {"reason": "ended", "emitted": -1, "is_done": False}
+    for _ in range(3):
+        queue.put(SessionResumed(uid="a"), 1)
+    queue.put(SessionClosed(uid="a", frames=0, **ended), 2)
+    taken = [queue.take(0) for _ in range(3)]
+    assert [type(each.event) for each in taken] == [SessionResumed, SessionResumed, SessionClosed]
+    assert taken[2].gap == Gap(first_frame=0, last_frame=0, events=1)
+    for _ in range(9):
+        queue.put(SessionClosed(uid="b", frames=0, **ended), 3)
+    assert queue.lost_events == 1 + 5  # that room is not without end either
 
 
 def test_slow_disk_costs_frames_in_the_recording_and_no_time_in_flight(tmp_path, monkeypatch):

@@ -277,6 +277,30 @@ def test_command_ends_with_1_where_actions_differ(recording, tiny_bundle, tmp_pa
     assert "first difference: segment 0, step 0, d" in run(*command).output
 
 
+def test_command_ends_with_1_where_nothing_was_compared(policy, frames, tiny_bundle, tmp_path):
+    empty = record(policy, tmp_path, lambda client: client.start("go"))
+    result = run("replay", empty.parts[0], "--bundle", tiny_bundle, "--backend", "cpu")
+    assert result.exit_code == 1
+    assert "not compared: no segment is recorded" in result.output
+    assert "same" not in result.output
+
+
+def test_command_ends_with_1_where_a_part_is_missing(policy, frames, tiny_bundle, tmp_path):
+    def fly(client: SessionClient) -> None:
+        client.start("go")
+        for first in range(0, FRAMES, 2):
+            client.observe(frames[first : first + 2])
+        client.end()
+
+    parts = record(policy, tmp_path, fly, config={"part_bytes": 6_000}).parts
+    assert len(parts) > 3
+    parts[-2].unlink()
+    result = run("replay", parts[0], "--bundle", tiny_bundle, "--backend", "cpu")
+    assert result.exit_code == 1
+    assert "not compared further: " in result.output
+    assert "is missing" in result.output
+
+
 def test_another_bundle_is_refused_unless_it_is_wanted(recording, tiny_bundle):
     opening = msgspec.structs.replace(
         recording.opening, policy=msgspec.structs.replace(recording.opening.policy, weights="0" * 64)

@@ -9,9 +9,12 @@ from small_models import STATS, random_model, tiny_config
 
 from worldvln_edge.poses import integrate_actions
 from worldvln_edge.tasks import SceneRef, Task
+from worldvln_edge.training.environments.pool import PoolConfig
 from worldvln_edge.training.grpo.rollout import LocalFlier
 from worldvln_edge.training.grpo.rollout_policy import RolloutPolicy
 
+PATIENT = PoolConfig(processes=2, per_process=4, answer_within_s=600.0)
+"""A pool that loses no flight on a busy machine; dead processes are found out at once all the same."""
 START = (0.0, 0.0, 400.0, 0.0, 30.0, 0.0)
 TEXTS = ("fly forward", "turn left 5 m", "climb to the red tower")
 

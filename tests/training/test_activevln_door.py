@@ -34,7 +34,7 @@ def url(tmp_path_factory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("episodes")
     write_task(TASK, folder / "7.json")
     write_task(Task(instruction="go", initial_pos=START, scene=TASK.scene), folder / "rxr-8.json")
-    config = EnvironmentServerConfig(pool=PoolConfig(per_process=3), activevln_image_hw=HW, task_root=folder)
+    config = EnvironmentServerConfig(pool=PoolConfig(per_process=6), activevln_image_hw=HW, task_root=folder)
     with BackgroundEnvironmentServer(config) as server:
         yield server.url
 
@@ -167,9 +167,15 @@ def test_missing_or_misshapen_parameter_is_400(url, path, name):
 
 
 def test_more_environments_than_there_are_is_409_with_the_capacity(url):
-    status, answer = post(url, "/environments", ids2configs={str(i): wish() for i in range(4)})
+    status, answer = post(url, "/environments", ids2configs={str(i): wish() for i in range(7)})
     assert status == 409
-    assert answer["error"].startswith("4 environments were asked for and 3 of 3 are free; nothing was created")
+    assert answer["error"].startswith("7 environments were asked for and there are 6; nothing was done")
+    assert post(url, "/batch/warmup", cfgs=[wish()["env_config"]] * 7) == (409, answer)
+    assert post(url, "/environments", ids2configs={str(i): wish() for i in range(5)})[0] == 200
+    status, answer = post(url, "/environments", ids2configs={"c": wish(), "d": wish()})
+    assert status == 409
+    assert answer["error"].startswith("2 environments were asked for and 1 of 6 are free; nothing was created")
+    assert post(url, "/batch/close", env_ids=list("01234"))[0] == 200
 
 
 def test_failing_environments_leave_the_batch_alone(url):

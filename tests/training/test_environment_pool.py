@@ -24,7 +24,17 @@ from worldvln_edge.training.environments.episode import Episode
 from worldvln_edge.training.environments.frame_memory import FrameMemory, make_frame_memory
 from worldvln_edge.training.environments.leases import LeasedEnvironments
 from worldvln_edge.training.environments.pool import LocalEnvironments, PoolConfig
-from worldvln_edge.training.environments.simulator_messages import Create, Look, Refused, Reset, Step
+from worldvln_edge.training.environments.simulator_messages import (
+    SPARE_VIEWS,
+    Create,
+    Look,
+    Ready,
+    Refused,
+    Reset,
+    SimulatorRequest,
+    Step,
+    WarmUp,
+)
 from worldvln_edge.training.environments.simulator_process import SimulatorStartError
 from worldvln_edge.training.environments.simulator_worker import SimulatorWorker
 from worldvln_edge.training.sim.simulator import Simulator
@@ -250,6 +260,16 @@ def test_only_the_last_frame_is_rendered_on_request(pool):
     assert last.frames.shape == (1, *HW, 3)
     assert np.array_equal(last.frames[0], each.frames[-1])
     assert np.array_equal(last.poses, each.poses)
+
+
+def test_warming_up_asks_for_no_more_scenes_than_a_process_keeps(monkeypatch):
+    asked: list[SimulatorRequest] = []
+    with LocalEnvironments(processes=1) as environments:
+        process = environments._seats[0].process
+        monkeypatch.setattr(process, "ask", lambda request, within_s: (asked.append(request), Ready())[1])
+        environments.warm_up([a_task(scene) for scene in range(SPARE_VIEWS + 3)], image_hw=(8, 8))
+        assert environments.create({"a": a_task(0)}, image_hw=(8, 8)) == {}  # behind them
+    assert [type(request) for request in asked] == [WarmUp] * SPARE_VIEWS + [Create]
 
 
 def test_object_of_a_task_stands_in_its_scene_only(pool):

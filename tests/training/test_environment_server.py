@@ -120,6 +120,8 @@ def test_json_holds_the_same_frames_as_msgpack(served, remote):
         "code": "bad_action",
         "message": "each action must be 6 numbers (cm, deg)",
     }
+    answer = post(served.url, "/v1/env/step", {"actions": {"j": {"values": [[0] * 6] * 4097}}, "frames": "last"})[1]
+    assert answer["results"]["j"]["error"]["message"] == "at most 4096 actions a call, found 4097"
     assert post(served.url, "/v1/env/warmup", {"tasks": ["filed", "absent"], "image_hw": HW}) == (200, {})
     assert post(served.url, "/v1/env/close", {"ids": ["j", "file", "nobody"]}) == (200, {})
 
@@ -187,6 +189,13 @@ def test_killed_simulator_is_a_fault_of_its_environments_only(served, remote):
             413,
             "too_large",
             "at most 4096 environments a call, found 4097",
+        ),
+        (
+            "warmup",
+            {"tasks": ["t"] * 4097, "image_hw": [8, 8]},
+            413,
+            "too_large",
+            "at most 4096 tasks a call, found 4097",
         ),
         ("close", {"ids": ["worldvln"]}, 400, "bad_request", "ids must not begin with 'worldvln' or 'activevln/'"),
         ("reset", {"ids": "a"}, 400, "bad_request", "Expected `array`, got `str`"),

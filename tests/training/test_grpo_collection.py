@@ -74,6 +74,20 @@ def test_a_flight_that_ended_early_is_compared_in_the_segments_that_it_has(trace
     assert len(judged.samples) == 16
     # Nothing of it changes what the others were worth.
     assert judged.flights[1:] == judge(traces).flights[1:]
+    # They are compared with it in its later segments too, where it stands still.
+    for segment in (1, 2):
+        returns = np.array([segment_returns(np.array(flight.rewards), 0.9)[segment] for flight in judged.flights[:3]])
+        places = [
+            next(k for k, (t, s) in enumerate(judged.samples) if t is trace and s == segment) for trace in traces[1:3]
+        ]
+        np.testing.assert_allclose(judged.advantages[places], group_advantages(returns)[1:])
+
+
+def test_the_last_flight_that_still_flies_is_compared_with_those_that_were_stopped(traces):
+    stopped = [traces[0], *(ended_after(trace, 1) for trace in traces[1:3])]
+    judged = judge(stopped)
+    assert [s for t, s in judged.samples if t is traces[0]] == [0, 1, 2]
+    assert judged.dropped_groups == 0
 
 
 def test_flights_that_are_worth_the_same_or_fly_alone_are_dropped_and_counted(traces):

@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 from grpo_flights import ended_after, flown_along
-from rollout_world import START, CountingEnvironments, flier, flight_tasks
+from rollout_world import PATIENT, START, CountingEnvironments, flier, flight_tasks
 
 from worldvln_edge.config import ConfigError
 from worldvln_edge.poses import integrate_actions
@@ -114,7 +114,7 @@ def test_impossible_rules_are_refused():
 
 @pytest.fixture(scope="module")
 def environments():
-    with LocalEnvironments(processes=1) as pool:
+    with LocalEnvironments(config=PATIENT) as pool:
         yield pool
 
 

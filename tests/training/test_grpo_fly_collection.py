@@ -1,6 +1,7 @@
 """Collections are flown in real simulator processes: they repeat, resume, survive faults, and count what was lost."""
 
 import os
+import shutil
 import signal
 from collections import deque
 from contextlib import closing
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from flight_files import files_no_larger_than
-from rollout_world import CountingEnvironments, flier, flight_bytes, flight_tasks, tiny_policy
+from rollout_world import PATIENT, CountingEnvironments, flier, flight_bytes, flight_tasks, tiny_policy
 
 from worldvln_edge.config import ConfigError
 from worldvln_edge.poses import integrate_actions
-from worldvln_edge.training.environments.pool import LocalEnvironments, PoolConfig
+from worldvln_edge.training.environments.environment import CapacityError
+from worldvln_edge.training.environments.pool import LocalEnvironments
+from worldvln_edge.training.grpo import wave
 from worldvln_edge.training.grpo.candidates import candidates_of
 from worldvln_edge.training.grpo.collection import Collection, CollectionConfig, CollectionError
 from worldvln_edge.training.grpo.fly_collection import collect
@@ -27,7 +30,7 @@ TASKS, CONFIG = flight_tasks(2), CollectionConfig(candidates=3)
 
 @pytest.fixture(scope="module")
 def environments():
-    with LocalEnvironments(config=PoolConfig(processes=2, per_process=4)) as pool:
+    with LocalEnvironments(config=PATIENT) as pool:
         yield pool
 
 
@@ -90,11 +93,20 @@ def test_a_collection_that_was_broken_off_is_gone_on_with(flown, environments, t
     with pytest.raises(CollectionError, match=r"holds no complete collection \(collection.json is missing\)"):
         Collection(folder)
     (folder / "flights" / "task_000000_k01.safetensors").write_bytes(b"cut short")
+    # As a process leaves it that is killed between writing a trace and giving it its name.
+    whole = (folder / "flights" / "task_000000_k00.safetensors").read_bytes()
+    (folder / "flights" / ".task_000000_k00.x1.safetensors").write_bytes(whole)
     counted = CountingEnvironments(environments)
     collection = collect(folder, flier(counted), TASKS, CONFIG)
     assert counted.steps == 3 * 12
     assert collection.report.flown_now == 3
     assert flight_bytes(folder) == flight_bytes(flown)
+
+
+def test_a_half_written_trace_is_no_flight(flown, tmp_path):
+    shutil.copytree(flown, tmp_path / "copy")
+    (tmp_path / "copy" / "flights" / ".task_000000_k00.x1.safetensors").write_bytes(b"")
+    assert len(list(Collection(tmp_path / "copy").traces())) == 6
 
 
 def test_a_complete_collection_is_not_flown_again(flown, environments):
@@ -180,6 +192,36 @@ def test_an_error_of_the_environments_as_a_whole_ends_the_run_and_gives_them_bac
     with pytest.raises(ConnectionError, match="the server is gone"):
         collect(tmp_path / "gone", flier(CountingEnvironments(environments, fail)), TASKS, CONFIG)
     assert environments.in_use == 0
+
+
+def test_a_wave_waits_until_others_give_environments_back(flown, environments, tmp_path):
+    others = [f"other-{index}" for index in range(environments.capacity - 3)]
+    assert environments.create(dict.fromkeys(others, TASKS[0]), image_hw=(16, 16)) == {}
+    refusals = []
+
+    class Shared(CountingEnvironments):
+        def create(self, tasks, **options):
+            try:
+                return super().create(tasks, **options)
+            except CapacityError as error:
+                refusals.append(error)
+                environments.close(others)
+                raise
+
+    collect(tmp_path / "shared", flier(Shared(environments)), TASKS, CONFIG)
+    assert len(refusals) == 1
+    assert flight_bytes(tmp_path / "shared") == flight_bytes(flown)
+
+
+def test_who_waits_too_long_for_room_hears_of_it(environments, monkeypatch, tmp_path):
+    monkeypatch.setattr(wave, "_ROOM_WITHIN_S", 0.1)
+    others = [f"other-{index}" for index in range(environments.capacity)]
+    assert environments.create(dict.fromkeys(others, TASKS[0]), image_hw=(16, 16)) == {}
+    try:
+        with pytest.raises(CapacityError, match="4 environments were asked for and 0 of 8 are free"):
+            collect(tmp_path / "full", flier(environments), TASKS, CONFIG)
+    finally:
+        environments.close(others)
 
 
 def test_a_folder_of_another_collection_is_refused(flown, environments):

@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 from collections import deque
+from dataclasses import replace
 
 import pytest
 import torch
-from rollout_world import flier, flight_bytes, flight_tasks, tiny_policy
+from rollout_world import PATIENT, flier, flight_bytes, flight_tasks, tiny_policy
 
 from worldvln_edge.config import ConfigError
 from worldvln_edge.training.environments.pool import LocalEnvironments
@@ -19,7 +20,7 @@ from worldvln_edge.training.grpo.early_stopping import early_stopping_rules
 from worldvln_edge.training.grpo.fly_collection import collect
 from worldvln_edge.training.grpo.ray_rollout import RayConfig, RayFlier, RayWorkers
 
-OPEN = functools.partial(LocalEnvironments, processes=1)
+OPEN = functools.partial(LocalEnvironments, config=replace(PATIENT, processes=1, per_process=8))
 TASKS, CONFIG = flight_tasks(2), CollectionConfig(candidates=5)
 
 
@@ -49,6 +50,43 @@ def test_impossible_workers_are_refused():
     policy.model.to("meta")
     with pytest.raises(ConfigError, match="the networks are on meta, so every Ray worker needs a GPU"):
         RayFlier(policy, workers)
+
+
+class SlowRay:
+    """Ray on a machine that is too busy: what it raises then is a bare exception."""
+
+    def __init__(self, resources: dict[str, float] | None = None):
+        self.is_shut_down, self._resources = False, resources
+
+    def is_initialized(self) -> bool:
+        return self._resources is not None
+
+    def init(self, **options) -> None:
+        raise Exception("The current node timed out during startup.\nSee the logs.")
+
+    def shutdown(self) -> None:
+        self.is_shut_down = True
+
+    def cluster_resources(self) -> dict[str, float]:
+        return self._resources or {}
+
+
+def test_ray_that_does_not_start_in_time_is_a_clear_error(monkeypatch):
+    slow = SlowRay()
+    monkeypatch.setitem(sys.modules, "ray", slow)
+    with pytest.raises(
+        ConfigError, match=r"Ray did not start here \(The current node timed out during startup.\); a bus"
+    ):
+        RayWorkers(OPEN, RayConfig(workers=1)).__enter__()
+    assert slow.is_shut_down
+
+
+def test_workers_that_fit_nowhere_are_refused_instead_of_waited_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", SlowRay({"CPU": 4.0}))
+    with pytest.raises(ConfigError, match="5 Ray workers need 5 CPUs and 0 GPUs, the cluster has 4 and 0; start fewer"):
+        RayWorkers(OPEN, RayConfig(workers=5)).__enter__()
+    with pytest.raises(ConfigError, match="2 Ray workers need 2 CPUs and 2 GPUs, the cluster has 4 and 0; start fewer"):
+        RayWorkers(OPEN, RayConfig(workers=2, gpus_per_worker=1)).__enter__()
 
 
 @pytest.mark.slow

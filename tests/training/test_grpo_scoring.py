@@ -116,6 +116,15 @@ def test_a_policy_that_did_not_fly_is_refused_with_the_flight_and_the_difference
         check_drift(samples, scores, limit=1e-3)
 
 
+def test_a_score_that_is_no_number_is_refused_wherever_it_stands(traces):
+    samples = _samples(traces)
+    for bad in range(len(samples)):
+        scores = [flown_log_probs(*sample).clone() for sample in samples]
+        scores[bad][-1] = float("nan")
+        with pytest.raises(ScoringError, match=f"segment {samples[bad][1]}: a bit's log-probability differs by nan"):
+            check_drift(samples, scores, limit=1e-3)
+
+
 def test_traces_of_another_model_are_refused(model, text, traces):
     maker = PolicyBatchMaker(CONFIG, TOKENIZER)
     shorter = replace(traces[0], latents=traces[0].latents[:, :1])

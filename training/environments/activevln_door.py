@@ -58,7 +58,9 @@ class ActiveVLNDoor:
         """POST /environments: `{"success": true}`; with `errors` when some environments failed."""
         made: dict[str, _Running] = {}
         failed: dict[str, EnvironmentFault] = {}
-        for id, wish in _map(payload, "ids2configs").items():
+        wishes = _map(payload, "ids2configs")
+        self._check_count(len(wishes))
+        for id, wish in wishes.items():
             if not isinstance(wish, dict) or wish.get("env_name", "vlnce") != "vlnce":
                 failed[id] = EnvironmentFault(code="bad_task", message='env_name must be "vlnce"')
                 continue
@@ -140,6 +142,7 @@ class ActiveVLNDoor:
         configs = _parameter(payload, "cfgs")
         if not isinstance(configs, list):
             raise RefusedRequestError("cfgs must be a list")
+        self._check_count(len(configs))
         made = [self._make(config) for config in configs]
         tasks = [running.task for running in made if isinstance(running, _Running)]
         self._environments.warm_up(tasks, image_hw=self._image_hw)
@@ -149,6 +152,16 @@ class ActiveVLNDoor:
         """These environments of the pool are gone."""
         for id in ids:
             self._running.pop(id.removeprefix(_PREFIX), None)
+
+    def _check_count(self, count: int) -> None:
+        """Before tasks are looked up, which takes a generated one as long as its flight."""
+        capacity = self._environments.capacity
+        if count > capacity:
+            raise RefusedRequestError(
+                f"{count} environments were asked for and there are {capacity}; nothing was done. Ask for fewer at "
+                "once, or serve more (--processes, --per-process)",
+                409,
+            )
 
     def _make(self, wish: Any) -> _Running | EnvironmentFault:
         try:

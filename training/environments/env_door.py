@@ -28,6 +28,8 @@ from worldvln_edge.training.environments.task_files import TaskFiles
 
 MAX_ANSWER_BYTES = 512 * 2**20
 _MAX_ENVIRONMENTS = 4096
+_MAX_ACTIONS = 4096
+"""Of one environment in a call: its process answers nobody else meanwhile."""
 _MAX_ID_CHARS = 256
 _OTHER_DOORS = ("worldvln", "activevln/")
 """Beginnings of the ids that the server's other doors use in the same pool."""
@@ -113,6 +115,10 @@ class EnvDoor:
                 answers[id] = EnvironmentFault(
                     code="bad_action", message=f"actions of kind {rows.kind!r} are not known; send {ACTION_KIND!r}"
                 )
+            elif len(rows.values) > _MAX_ACTIONS:
+                answers[id] = EnvironmentFault(
+                    code="bad_action", message=f"at most {_MAX_ACTIONS} actions a call, found {len(rows.values)}"
+                )
             elif any(len(row) != 6 for row in rows.values):
                 answers[id] = EnvironmentFault(code="bad_action", message="each action must be 6 numbers (cm, deg)")
             else:
@@ -123,6 +129,7 @@ class EnvDoor:
     def warm_up(self, payload: dict[str, Any], encoding: Encoding) -> dict[str, object]:
         """`{tasks, image_hw}` -> `{}` at once; tasks that cannot be flown are found out by create."""
         body = _convert(payload, _WarmUp)
+        _check_count(len(body.tasks), "tasks")
         tasks = [task for name in body.tasks if isinstance(task := self._task(name), Task)]
         self._environments.warm_up(tasks, image_hw=body.image_hw)
         return {}
@@ -179,11 +186,13 @@ def _convert(payload: dict[str, Any], kind: type[T]) -> T:
 
 
 def _check_ids(ids: Collection[str]) -> None:
-    if len(ids) > _MAX_ENVIRONMENTS:
-        raise RefusedRequestError(
-            f"at most {_MAX_ENVIRONMENTS} environments a call, found {len(ids)}", 413, "too_large"
-        )
+    _check_count(len(ids), "environments")
     if any(not 0 < len(id) <= _MAX_ID_CHARS for id in ids):
         raise RefusedRequestError(f"ids must be 1 to {_MAX_ID_CHARS} characters")
     if any(id.startswith(_OTHER_DOORS) for id in ids):
         raise RefusedRequestError(f"ids must not begin with {' or '.join(map(repr, _OTHER_DOORS))}")
+
+
+def _check_count(count: int, what: str) -> None:
+    if count > _MAX_ENVIRONMENTS:
+        raise RefusedRequestError(f"at most {_MAX_ENVIRONMENTS} {what} a call, found {count}", 413, "too_large")

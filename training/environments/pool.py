@@ -31,6 +31,7 @@ from worldvln_edge.training.environments.environment import (
     without_reference,
 )
 from worldvln_edge.training.environments.simulator_messages import (
+    SPARE_VIEWS,
     Close,
     Create,
     Look,
@@ -149,9 +150,10 @@ class LocalEnvironments:
         """See `Environments.warm_up`. A scene that cannot be loaded is found out by `create`."""
         self._check_size(image_hw)
         chosen: dict[SceneRef, tuple[_Seat, Task]] = {}
+        most = SPARE_VIEWS * len(self._seats)  # of more, the first would be gone again before they are needed
         with self._lock:
             for task in tasks:
-                if task.scene is not None and task.scene not in chosen:
+                if len(chosen) < most and task.scene is not None and task.scene not in chosen:
                     seat = min(self._seats, key=lambda seat: (task.scene not in seat.scenes, len(seat.ids), seat.index))
                     seat.scenes.add(task.scene)
                     chosen[task.scene] = seat, task

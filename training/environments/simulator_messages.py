@@ -15,6 +15,9 @@ from worldvln_edge.tasks import Task
 from worldvln_edge.training.environments.environment import HORIZON, EnvironmentResult, FrameChoice
 from worldvln_edge.training.environments.frame_memory import FrameMemory
 
+SPARE_VIEWS = 8
+"""Scenes that a process keeps though nobody flies in them: 20 MB each."""
+
 
 class Create(msgspec.Struct, frozen=True, tag=True):
     id: str

@@ -16,6 +16,7 @@ import numpy as np
 from worldvln_edge.training.environments.episode import BadTaskError, Episode, SceneViews
 from worldvln_edge.training.environments.frame_memory import FrameMemory
 from worldvln_edge.training.environments.simulator_messages import (
+    SPARE_VIEWS,
     Close,
     Create,
     Look,
@@ -30,8 +31,6 @@ from worldvln_edge.training.environments.simulator_messages import (
 )
 from worldvln_edge.training.sim.camera import RenderingUnavailableError, make_gl_context
 
-_SPARE_VIEWS = 8
-"""Scenes that are kept though nobody flies in them: 20 MB each."""
 _log = logging.getLogger(__name__)
 
 
@@ -44,7 +43,7 @@ class SimulatorWorker:
 
     def __init__(self, memory: FrameMemory) -> None:
         self._memory = memory
-        self._views = SceneViews(spare=_SPARE_VIEWS)
+        self._views = SceneViews(spare=SPARE_VIEWS)
         self._episodes: dict[str, tuple[Episode, Create]] = {}
 
     def answer(self, request: SimulatorRequest) -> SimulatorReply:

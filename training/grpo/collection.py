@@ -119,7 +119,7 @@ class Collection:
 
     def traces(self) -> Iterator[FlightTrace]:
         """All flights, task by task, candidate by candidate; errors as `read_trace`."""
-        for path in sorted((self.folder / FLIGHTS).glob(f"*{TRACE_SUFFIX}")):
+        for path in sorted((self.folder / FLIGHTS).glob(f"[!.]*{TRACE_SUFFIX}")):  # .*: half-written, of a killed run
             yield read_trace(path)
 
     def lost(self) -> list[LostAttempt]:

@@ -128,15 +128,18 @@ def comparison_table(policies: Sequence[ComparedPolicy]) -> str:
         f"{'clipped':>8} {'env steps':>10} {'flights':>8}  checkpoint"
     ]
     for one in policies:
-        reward, success = one.reward_difference, one.success_difference
         lines.append(
-            f"{one.reward:>8.4f} {_number(reward and reward.mean, '+.4f'):>12} "
-            f"{_number(reward and reward.standard_error, '.4f'):>8} {one.success:>8.4f} "
-            f"{_number(success and success.mean, '+.4f'):>12} {_number(success and success.standard_error, '.4f'):>8} "
+            f"{one.reward:>8.4f} {_difference(one.reward_difference)} "
+            f"{one.success:>8.4f} {_difference(one.success_difference)} "
             f"{_number(one.k3, '.5f'):>9} {_number(one.clipped, '.3f'):>8} "
             f"{_number(one.environment_steps, '.0f'):>10} {one.flights:>8}  {one.checkpoint}"
         )
     return "\n".join(lines)
+
+
+def _difference(found: PairedDifference | None) -> str:
+    mean, error = (None, None) if found is None else (found.mean, found.standard_error)
+    return f"{_number(mean, '+.4f'):>12} {_number(error, '.4f'):>8}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -20,6 +20,7 @@ from worldvln_edge.atomic import atomic_file
 from worldvln_edge.tasks import Task
 from worldvln_edge.training.grpo.candidates import Candidate, candidates_of, flight_name
 from worldvln_edge.training.grpo.collection import (
+    FLIGHTS,
     LOST_FILE,
     REPORT_FILE,
     SETTINGS_FILE,
@@ -34,7 +35,7 @@ from worldvln_edge.training.grpo.collection import (
     trace_path,
 )
 from worldvln_edge.training.grpo.rollout import Flier
-from worldvln_edge.training.grpo.trace import FlightTrace, TraceError, read_trace, write_trace
+from worldvln_edge.training.grpo.trace import TRACE_SUFFIX, FlightTrace, TraceError, read_trace, write_trace
 from worldvln_edge.training.grpo.wave import LostFlight, Outcome
 
 
@@ -73,6 +74,8 @@ def collect(
     with _own(folder):
         _check_settings(folder, _settings(flier, tasks, config))
         if not (folder / REPORT_FILE).is_file():
+            for half in (folder / FLIGHTS).glob(f".*{TRACE_SUFFIX}"):  # what a killed process was writing
+                half.unlink()
             run = _Run(folder, config, candidates)
             with closing(flier.fly(run.waiting)) as outcomes:
                 for outcome in outcomes:

@@ -226,7 +226,7 @@ def _fliers(flying: _Flying, config: GrpoConfig, *, flies: bool) -> Iterator[Mak
         from worldvln_edge.training.environments.client import RemoteEnvironments
 
         token = None if flying.key_file is None else read_key_file(flying.key_file)[0]
-        open_environments = partial(RemoteEnvironments, flying.url, token)
+        open_environments: partial[Any] = partial(RemoteEnvironments, flying.url, token)
     else:
         from worldvln_edge.training.environments.pool import LocalEnvironments
 

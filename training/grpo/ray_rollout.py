@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from math import ceil
@@ -60,7 +60,8 @@ class RayWorkers:
         config: how many actors, and where.
 
     Raises:
-        ConfigError: on entering: Ray is not installed, or there is no cluster at the address.
+        ConfigError: on entering: Ray is not installed or does not start, there is no cluster at the address, or it is
+            too small for the workers.
     """
 
     def __init__(self, open_environments: OpenEnvironments, config: RayConfig):
@@ -74,6 +75,7 @@ class RayWorkers:
             if not ray.is_initialized():
                 self._connect(ray)
                 stack.callback(ray.shutdown)
+            self._check_room(ray)
             stack.callback(self._end_actors, ray)
             self.actors = [self._actor(ray) for _ in range(self.config.workers)]
             self._started = stack.pop_all()
@@ -103,26 +105,47 @@ class RayWorkers:
                 ray.get(closed, timeout=_CLOSE_WITHIN_S)
             ray.kill(actor)
 
+    def _check_room(self, ray: ModuleType) -> None:
+        """An actor that fits nowhere would be waited for without end."""
+        config, there = self.config, ray.cluster_resources()
+        cpus, gpus = config.workers * config.cpus_per_worker, config.workers * config.gpus_per_worker
+        if cpus > there.get("CPU", 0) or gpus > there.get("GPU", 0):
+            raise ConfigError(
+                f"{config.workers} Ray workers need {cpus} CPUs and {gpus:g} GPUs, the cluster has "
+                f"{there.get('CPU', 0):g} and {there.get('GPU', 0):g}; start fewer (--ray), or add machines to it"
+            )
+
     def _connect(self, ray: ModuleType) -> None:
-        """Join a cluster, or start one that is as large as the actors need."""
+        """Join a cluster, or start one that is as large as the actors need.
+
+        Ray listens on every network of the machine; a cluster that is started here asks for the token that Ray keeps in
+        `~/.ray/auth_token` (its default from 2.60 on, which is the oldest that we take).
+        """
         config = self.config
         if config.address is not None:
             try:
                 ray.init(address=config.address, log_to_driver=False)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise ConfigError(
-                    f"no Ray cluster at {config.address!r} ({str(error).splitlines()[0]}); start one with `ray start "
+                    f"no Ray cluster at {config.address!r} ({_first_line(error)}); start one with `ray start "
                     "--head`, or leave the address out to start one here"
                 ) from error
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read by Ray only: nothing is reported to its makers
-        ray.init(
-            num_cpus=config.workers * config.cpus_per_worker,
-            num_gpus=ceil(config.workers * config.gpus_per_worker),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-        )
+        try:
+            ray.init(
+                num_cpus=config.workers * config.cpus_per_worker,
+                num_gpus=ceil(config.workers * config.gpus_per_worker),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="error",
+            )
+        except Exception as error:  # Ray raises nothing more specific when a part of it does not come up in time
+            ray.shutdown()
+            raise ConfigError(
+                f"Ray did not start here ({_first_line(error)}); a busy machine is too slow for its time limit of "
+                "about 30 s: give the same command again when there is less to do, or fly without Ray (--processes)"
+            ) from error
 
 
 class RayFlier:
@@ -157,7 +180,7 @@ class RayFlier:
         """See `Flier.check`."""
         check_rules(self._rules, tasks)
 
-    def fly(self, waiting: deque[Candidate]) -> Iterator[Outcome]:
+    def fly(self, waiting: deque[Candidate]) -> Generator[Outcome, None, None]:
         """See `Flier.fly`.
 
         Raises:
@@ -184,7 +207,7 @@ class RayFlier:
             try:
                 outcomes = ray.get(done)
             except ray.exceptions.RayActorError as error:
-                message = f"the Ray worker that flew it died ({str(error).splitlines()[0]})"
+                message = f"the Ray worker that flew it died ({_first_line(error)})"
                 outcomes = [LostFlight(candidate=one, code="lost", message=message) for one in chosen]
                 actor = self._workers.replace(actor)
                 actor.take.remote(policy, orders)
@@ -231,6 +254,10 @@ class _Worker:
 
     def close(self) -> None:
         self._open.close()
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _ray() -> ModuleType:

@@ -2,6 +2,7 @@
 
 Flights go in waves of `RolloutPolicy.rows`, in step, segment after segment. Two waves take turns: while the simulators
 fly one, the networks plan the other. A flight that cannot be finished is a `LostFlight` and ends nothing else.
+Environments may be shared with others: a wave waits until they have room for it.
 Source: spec/training.md 5.2, 5.9 item 1; spec/seed_systems.md 3.4.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import uuid
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol
@@ -45,7 +46,7 @@ class Flier(Protocol):
         """Raise ConfigError when a rule cannot be applied to a task."""
         ...
 
-    def fly(self, waiting: deque[Candidate]) -> Iterator[Outcome]:
+    def fly(self, waiting: deque[Candidate]) -> Generator[Outcome, None, None]:
         """Take candidates from the left until none is left, and yield what became of each, as they end.
 
         The caller may append while it holds an outcome (the retry of a lost flight).
@@ -84,7 +85,7 @@ class LocalFlier:
         """See `Flier.check`."""
         check_rules(self._rules, tasks)
 
-    def fly(self, waiting: deque[Candidate]) -> Iterator[Outcome]:
+    def fly(self, waiting: deque[Candidate]) -> Generator[Outcome, None, None]:
         """See `Flier.fly`.
 
         Raises:

@@ -44,6 +44,8 @@ _KEPT = 2
 """Collections whose files stay, for a look at the last flights."""
 _SEED_STRIDE = 1_000_003 * 1_000
 """Between the first seeds of collections, which number their tasks from 0 each."""
+_SEEDS = 2**62
+"""Seeds stay below, so that they and those of retries fit into the 64 bits that files have for them."""
 
 
 class Pilot:
@@ -176,7 +178,7 @@ class RunCollections:
             tasks,
             self._path(index),
             candidates=config.candidates,
-            first_seed=FIRST_SEED + (self._seed * 1_000 + index) * _SEED_STRIDE,
+            first_seed=first_seed_of(self._seed, index),
             should_stop=should_stop,
         )
         if flown is None:
@@ -217,3 +219,8 @@ class RunCollections:
             self._path(index) / SCORES,
         )
         return True
+
+
+def first_seed_of(run_seed: int, index: int) -> int:
+    """First seed of the candidates of collection `index` of a run."""
+    return FIRST_SEED + (run_seed * 1_000 + index) * _SEED_STRIDE % _SEEDS

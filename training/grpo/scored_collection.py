@@ -166,15 +166,20 @@ def judge_collection(
 def _product_advantages(
     group: str, traces: Sequence[FlightTrace], flights: Sequence[JudgedFlight], config: GrpoConfig
 ) -> list[np.ndarray | None]:
-    """Of every segment, those of the flights that have it; None where a segment says nothing."""
-    returns = [segment_returns(np.array(flight.rewards), config.reward.discount) for flight in flights]
+    """Of every segment, those of the flights that have it; None where a segment says nothing.
+
+    Mean and deviation are over all flights of the group: one that ended early stands still for its later segments and
+    is worth what that is worth, so the others are not compared with the survivors alone.
+    """
+    returns_KS = np.stack([segment_returns(np.array(flight.rewards), config.reward.discount) for flight in flights])
+    flown_K = np.array([len(trace.segments) for trace in traces])
     found: list[np.ndarray | None] = []
-    for segment in range(max((len(trace.segments) for trace in traces), default=0)):
-        there = [own[segment] for own, trace in zip(returns, traces, strict=True) if len(trace.segments) > segment]
+    for segment in range(flown_K.max()):
         try:
-            found.append(group_advantages(np.array(there), limit=config.objective.advantage_limit))
+            advantages_K = group_advantages(returns_KS[:, segment], limit=config.objective.advantage_limit)
         except NotFiniteError as error:
             raise NotFiniteError(f"group {group!r}, segment {segment}: {error}") from error
+        found.append(None if advantages_K is None else advantages_K[flown_K > segment])
     return found
 
 

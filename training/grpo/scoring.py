@@ -7,6 +7,7 @@ Source: spec/training.md 5.4, 5.9 item 3.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -127,10 +128,11 @@ def check_drift(samples: Sequence[Sample], scores: Sequence[Tensor], *, limit: f
     drifts = [
         float((scored - flown_log_probs(*sample)).abs().max()) for sample, scored in zip(samples, scores, strict=True)
     ]
-    largest = max(drifts, default=0.0)
-    if largest <= limit:
+    worst = max(range(len(drifts)), key=lambda index: (math.isnan(drifts[index]), drifts[index]), default=None)
+    largest = 0.0 if worst is None else drifts[worst]
+    if worst is None or largest <= limit:
         return largest
-    trace, segment = samples[drifts.index(largest)]
+    trace, segment = samples[worst]
     raise ScoringError(
         f"{flight_name(trace)}, segment {segment}: a bit's log-probability differs by {largest:.2g} between flight and "
         f"scoring, more than {limit:.2g}: flight and trainer do not run the same policy. Fly with the trainer's "

@@ -7,6 +7,7 @@ Source: spec/training.md 5.2; spec/seed_systems.md 3.4.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +15,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from worldvln_edge.training.environments.environment import EnvironmentFault, EnvironmentResult, Environments
+from worldvln_edge.training.environments.environment import (
+    CapacityError,
+    EnvironmentFault,
+    EnvironmentResult,
+    Environments,
+)
 from worldvln_edge.training.grpo.candidates import Candidate
 from worldvln_edge.training.grpo.early_stopping import AnyRule, FlightSoFar, actions_allowed, rule_that_ends
 from worldvln_edge.training.grpo.rollout_policy import FlightBatch, PlannedSegment, RolloutPolicy
@@ -33,6 +39,8 @@ class LostFlight:
 
 Outcome: TypeAlias = "FlightTrace | LostFlight"
 EnvironmentCall: TypeAlias = Callable[[], Any]
+_ROOM_WITHIN_S, _ROOM_PAUSE_S = 660.0, 0.25
+"""How long to wait for room: longer than a server's lease, which frees what a client left that was killed."""
 
 
 @dataclass
@@ -101,7 +109,7 @@ class Wave:
         create = partial(
             environments.create, tasks, image_hw=self._policy.config.image_hw, max_frames=horizon.num_frames
         )
-        for id, fault in (yield create).items():
+        for id, fault in (yield partial(_once_there_is_room, create)).items():
             self._lose(id, fault.code, fault.message)
         seen = self._seen((yield partial(environments.reset, list(self._flights))), {id: 1 for id in self._flights})
         for segment in range(horizon.segments):
@@ -204,3 +212,21 @@ class Wave:
     def _lose(self, id: str, code: str, message: str) -> None:
         flight = self._flights.pop(id)
         self._outcomes.append(LostFlight(candidate=flight.candidate, code=code, message=message))
+
+
+def _once_there_is_room(create: EnvironmentCall) -> Any:
+    """Create, or wait while others hold the environments.
+
+    A wave asks for all of its environments at once and holds none before, so no two waves wait for each other.
+
+    Raises:
+        CapacityError: more than there are in all, or nobody gave any back for too long.
+    """
+    give_up_s = time.monotonic() + _ROOM_WITHIN_S
+    while True:
+        try:
+            return create()
+        except CapacityError as error:
+            if error.asked > error.capacity or time.monotonic() > give_up_s:
+                raise
+        time.sleep(_ROOM_PAUSE_S)
