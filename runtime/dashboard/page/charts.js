@@ -116,7 +116,7 @@ export function drawPath3d(canvas, flight, turn, tilt) {
   polyline(context, [at(here), at([here[0], here[1], ground])], SOFT, 1, [2, 3]);
   dot(context, at(here), INK, 5);
   context.fillStyle = SOFT;
-  context.fillText(`${(here[2] - path[0][2]).toFixed(1)} m above the start; grid ${+step.toFixed(6)} m`, 6, height - 8);
+  context.fillText(`${(here[2] - path[0][2]).toFixed(1).replace("-0.0", "0.0")} m above the start; grid ${+step.toFixed(6)} m`, 6, height - 8);
 }
 
 /** One stacked bar per segment: queue, decode, model, rest. */
