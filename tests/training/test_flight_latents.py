@@ -27,13 +27,13 @@ def cached(folder: Path, flights: MemoryFlights, batch: int = 2):
 def encoded(monkeypatch) -> list[list[int]]:
     """Rows that went through the encoder together."""
     groups: list[list[int]] = []
-    encode = flight_latents._encode
+    encode = flight_latents.encode_flights
 
     def noted(vae, flights, rows):
         groups.append(list(rows))
         return encode(vae, flights, rows)
 
-    monkeypatch.setattr(flight_latents, "_encode", noted)
+    monkeypatch.setattr(flight_latents, "encode_flights", noted)
     return groups
 
 

@@ -150,7 +150,7 @@ def long_reward(terms: TermConfig, step: int):
 
 def test_invalid_flights_are_errors_that_name_them_and_never_zero(trace):
     both = WeightedRewards({"action": 1.0, "success": 1.0}, TermConfig(), step=STEP)
-    who = r"task 'task-0', candidate 0 \(seed 0\)"
+    who = rf"task 'task-0', candidate 0 \(seed {trace.seed}\)"
     lost = EXPERT.copy()
     lost[7] = np.nan
     with pytest.raises(RewardError, match=rf"{who}: the flown poses hold NaN or infinity; collect it again"):
