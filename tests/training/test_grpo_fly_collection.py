@@ -29,7 +29,7 @@ TASKS, CONFIG = flight_tasks(2), CollectionConfig(candidates=3)
 
 
 @pytest.fixture(scope="module")
-def environments():
+def environments(one_thread):
     with LocalEnvironments(config=PATIENT) as pool:
         yield pool
 

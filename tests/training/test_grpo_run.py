@@ -23,15 +23,6 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(TESTS)}
 NUMBERS = ("reward", "success", "drift", "loss", "k3", "clipped", "anchor", "held_out_reward", "held_out_difference")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the program, so that the networks round alike."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def unbroken(one_thread, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
