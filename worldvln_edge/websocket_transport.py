@@ -13,7 +13,7 @@ from typing import Any
 
 from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMessage, InvalidStatus
-from websockets.sync.client import connect
+from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
 from worldvln_edge.client_config import ClientConfig
@@ -34,11 +34,21 @@ class WebSocketTransport:
     def __init__(self, config: ClientConfig):
         self._open = ExitStack()  # recent websockets connect as a context manager only
         try:
-            self._socket = self._open.enter_context(connect(config.url, **_options(config)))
+            self._socket = self._connect(config)
             _bound_sending(self._socket.socket.fileno(), config.silent_for_s)
         except _OPENING_FAILED as error:
             self._open.close()
             raise _opening_error(config.url, error) from error
+
+    def _connect(self, config: ClientConfig) -> ClientConnection:
+        try:
+            return self._open.enter_context(connect(config.url, **_options(config)))
+        except TimeoutError:
+            if config.tls is None:
+                raise
+        # One thread reads while another writes, which TLS of Python before 3.13 does not bear: about once in a thousand
+        # openings the server's answer is lost.
+        return self._open.enter_context(connect(config.url, **_options(config)))
 
     def send(self, data: bytes, encoding: Encoding) -> None:
         """Raises ConnectionLostError, ProtocolError (`too_large`)."""
