@@ -46,8 +46,8 @@ class WebSocketTransport:
         except TimeoutError:
             if config.tls is None:
                 raise
-        # Under load, about one opening over TLS in a thousand never hears the server's answer; plain sockets, and TLS on a
-        # single thread, always do. The cause is not known; the sync client reads and writes from two threads.
+        # Under load, about one opening over TLS in a thousand never hears the server's answer; plain sockets and TLS on
+        # a single thread always do. The cause is not known; the sync client reads and writes from two threads.
         return self._open.enter_context(connect(config.url, **_options(config)))
 
     def send(self, data: bytes, encoding: Encoding) -> None:
