@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import socket as network
 import ssl
-from contextlib import AsyncExitStack, ExitStack
-from typing import Any
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from threading import Thread
+from typing import Any, TypeVar
 
-from websockets.asyncio.client import connect as connect_async
+from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMessage, InvalidStatus
-from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
 from worldvln_edge.client_config import ClientConfig
@@ -25,51 +26,66 @@ _MESSAGE_TOO_BIG = 1009
 _GOODBYE_S = 1.0  # how long a closing connection waits for the server's close frame, which a dead link never brings
 _OPENING_FAILED = (OSError, InvalidHandshake, EOFError)
 
+T = TypeVar("T")
+
 
 class WebSocketTransport:
-    """Raises when opened: ServerUnreachableError; ServerError `unauthorized`, `forbidden`."""
+    """AsyncWebSocketTransport for programs without an event loop: it has a thread with one.
+
+    A client of blocking calls would read and write one TLS object from two threads, and OpenSSL forbids that: when a
+    server's ticket came while the first request went out, the request was lost.
+
+    Raises when opened: ServerUnreachableError; ServerError `unauthorized`, `forbidden`.
+    """
 
     hello_key: str | None = None  # the key is in the upgrade request
 
     def __init__(self, config: ClientConfig):
-        self._open = ExitStack()  # recent websockets connect as a context manager only
+        self._loop = asyncio.new_event_loop()
+        self._thread = Thread(target=self._loop.run_forever, name="worldvln-websocket", daemon=True)
+        self._thread.start()
+        self._socket = AsyncWebSocketTransport(config)
         try:
-            self._socket = self._connect(config)
-            _bound_sending(self._socket.socket.fileno(), config.silent_for_s)
-        except _OPENING_FAILED as error:
-            self._open.close()
-            raise _opening_error(config.url, error) from error
-
-    def _connect(self, config: ClientConfig) -> ClientConnection:
-        try:
-            return self._open.enter_context(connect(config.url, **_options(config)))
-        except TimeoutError:
-            if config.tls is None:
-                raise
-        # Under load, about one opening over TLS in a thousand never hears the server's answer; plain sockets and TLS on
-        # a single thread always do. The cause is not known; the sync client reads and writes from two threads.
-        return self._open.enter_context(connect(config.url, **_options(config)))
+            self._run(self._socket.open())
+        except BaseException:
+            self._stop()
+            raise
 
     def send(self, data: bytes, encoding: Encoding) -> None:
         """Raises ConnectionLostError, ProtocolError (`too_large`)."""
-        try:
-            self._socket.send(data, text=encoding == "json")
-        except ConnectionClosed as lost:
-            raise _closed_error(lost) from lost
+        self._run(self._socket.send(data, encoding))
 
     def receive(self, timeout_s: float) -> tuple[bytes, Encoding]:
         """The next message. Raises ConnectionLostError, TimeoutError, ProtocolError (`too_large`)."""
         try:
-            return _message(self._socket.recv(timeout=timeout_s))
-        except ConnectionClosed as lost:
-            raise _closed_error(lost) from lost
+            return self._run(asyncio.wait_for(self._socket.receive(), timeout_s))
+        except asyncio.TimeoutError as late:  # another class before Python 3.11
+            raise TimeoutError from late
 
     def close(self) -> None:
-        self._open.close()
+        if not self._loop.is_closed():
+            try:
+                self._run(self._socket.close())
+            finally:
+                self._stop()
+
+    def _run(self, call: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(call, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # Ctrl-C comes to the thread that waits
+            raise
+
+    def _stop(self) -> None:
+        self._run(_cancel_other_tasks())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
 
 class AsyncWebSocketTransport:
-    """WebSocketTransport on an event loop."""
+    """Messages over one WebSocket of the event loop it is used on."""
 
     hello_key: str | None = None
 
@@ -79,12 +95,13 @@ class AsyncWebSocketTransport:
         self._socket: Any = None
 
     async def open(self) -> None:
-        """Raises what WebSocketTransport raises."""
+        """Raises ServerUnreachableError; ServerError `unauthorized`, `forbidden`."""
         config = self._config
         try:
-            self._socket = await self._stack.enter_async_context(connect_async(config.url, **_options(config)))
+            self._socket = await self._stack.enter_async_context(connect(config.url, **_options(config)))
             _bound_sending(self._socket.transport.get_extra_info("socket").fileno(), config.silent_for_s)
         except _OPENING_FAILED as error:
+            await self.close()
             raise _opening_error(config.url, error) from error
 
     async def send(self, data: bytes, encoding: Encoding) -> None:
@@ -104,6 +121,13 @@ class AsyncWebSocketTransport:
             await asyncio.wait_for(self._stack.aclose(), 2 * _GOODBYE_S)
         except asyncio.TimeoutError:  # its close frame waits behind a message that does not go out
             self._socket.transport.abort()
+
+
+async def _cancel_other_tasks() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _options(config: ClientConfig) -> dict[str, Any]:

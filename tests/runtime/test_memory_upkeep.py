@@ -115,8 +115,16 @@ def test_zmq_message_is_not_kept_until_the_next_one_comes():
 
 
 def test_clients_that_leave_are_freed_without_the_collector(url, collector_rests):
-    def kept() -> list[object]:
+    def alive() -> list[object]:
         return [each for each in gc.get_objects() if type(each) in (NativeConnection, ZmqClient, Outbox)]
+
+    before = {id(each) for each in alive()}  # of servers that other tests of this process still run
+
+    def kept() -> list[object]:
+        return [each for each in alive() if id(each) not in before]
+
+    def holders() -> list[str]:
+        return [f"{type(each).__name__} by {gc.get_referrers(each)}" for each in kept()]
 
     for _ in range(3):
         with Line(url) as line:
@@ -126,4 +134,4 @@ def test_clients_that_leave_are_freed_without_the_collector(url, collector_rests
     with Line(url) as line:  # the session tells its last client that it expires; then that one is freed, too
         line.ask(Hello(id=1, v=[1]))
         line.ask(End(id=2, session="s"))
-    assert wait_until(lambda: not kept())
+    assert wait_until(lambda: not kept()), holders()

@@ -215,7 +215,8 @@ def test_lost_connection_is_opened_again_and_the_session_resumed(server, policy)
     with SessionClient(server.url, reconnect_s=5) as client:
         client.start("go")
         first = client.observe([jpeg()])
-        client._connection._transport._socket.close()  # the network's doing, as far as the client can tell
+        line = client._connection._transport
+        line._loop.call_soon_threadsafe(line._socket._socket.transport.abort)  # the network's doing, for the client
         answer = client.observe([jpeg()] * 16)
         assert (first.segment, answer.segment, answer.frames) == (0, 1, 17)
     assert len(policy.opened) == 1

@@ -53,6 +53,26 @@ def check_flight_is_possible(server: BackgroundServer, authority: Authority) -> 
         assert client.observe([FRAME]).segment == 0
 
 
+def test_server_sends_no_ticket_that_would_cross_a_clients_first_request(server, authority):
+    context = ssl.create_default_context(cafile=authority.file)
+    plain = socketlib.create_connection(("127.0.0.1", server.server.bound_port))
+    with context.wrap_socket(plain, server_hostname="127.0.0.1") as line:
+        assert line.version() == "TLSv1.3"
+        line.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert line.recv(1) == b"H"  # tickets come before an answer
+        assert not line.session.has_ticket
+
+
+def test_client_never_uses_a_tls_object_of_two_threads(server, authority, monkeypatch):
+    """OpenSSL forbids it. A socket of `ssl` invites it, because its calls block."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a blocking TLS socket")
+
+    monkeypatch.setattr(ssl.SSLSocket, "_create", refuse)
+    check_flight_is_possible(server, authority)
+
+
 @pytest.mark.parametrize("encoding", ["msgpack", "json"])
 def test_flight_over_wss_gives_three_segments(server, authority, encoding):
     assert server.url.startswith("wss://127.0.0.1:")

@@ -14,6 +14,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from worldvln_edge import websocket_transport
+from worldvln_edge.async_client import AsyncSessionClient
 from worldvln_edge.client import ServerUnreachableError, SessionClient
 from worldvln_edge.protocol import Hello, Limits, Ping, Welcome
 from worldvln_edge.runtime.doors import websocket_connection
@@ -223,14 +224,15 @@ def test_client_that_does_not_read_loses_its_connection(end, monkeypatch):
             wait_until(lambda: not served)
 
 
-def test_client_whose_connection_breaks_while_it_is_set_up_leaves_none_behind(monkeypatch):
+@pytest.mark.parametrize("client_type", [SessionClient, AsyncSessionClient])
+def test_client_whose_connection_breaks_while_it_is_set_up_leaves_none_behind(monkeypatch, client_type):
     def breaks(file_descriptor: int, silent_for_s: float) -> None:
         raise OSError("gone")
 
     monkeypatch.setattr(websocket_transport, "_bound_sending", breaks)
     with BackgroundServer(NullPolicy()) as server:
-        client = SessionClient(server.url)
-        with pytest.raises(ServerUnreachableError, match="gone") as kept, client:
-            pass
+        client = client_type(server.url)
+        with pytest.raises(ServerUnreachableError, match="gone") as kept:
+            client.__enter__() if client_type is SessionClient else asyncio.run(client.__aenter__())
         wait_until(lambda: not server.server.server_state.connections)
         assert kept.value.url == client.url

@@ -30,7 +30,7 @@ def policy_of(config=None, **options) -> RolloutPolicy:
 
 
 @pytest.fixture(scope="module")
-def policy() -> RolloutPolicy:
+def policy(one_thread) -> RolloutPolicy:
     return policy_of()
 
 
