@@ -107,28 +107,58 @@ def test_thirty_tasks_over_two_processes_equal_the_simulator_bit_for_bit(pool):
         simulator.close()
 
 
-def test_killed_simulator_loses_its_own_episodes_only_and_comes_back(pool):
-    tasks = {f"e{i}": a_task(scene=i % 2) for i in range(4)}
+def test_killed_simulator_loses_the_episode_it_was_asked_for_and_the_others_go_on_where_they_were(pool):
+    tasks = {f"e{i}": a_task(scene=i % 2) for i in range(6)}
     pool.create(tasks, image_hw=HW)
     pool.reset(list(tasks))
+    pool.step({id: some_actions(0) for id in tasks})
     pid = pool.pids[0]
     os.kill(pid, signal.SIGKILL)
-    answers = pool.step({id: some_actions(0) for id in tasks})
-    lost = [id for id in tasks if isinstance(answers[id], EnvironmentFault)]
-    assert 0 < len(lost) < 4
-    for id in lost:
-        assert fault(answers[id]).code == "lost"
-        assert f"simulator process {pid} was killed by signal 9; its episodes are lost" in fault(answers[id]).message
-    assert fault(pool.reset(lost[:1])[lost[0]]).code == "lost"  # still, until it is created again
-    assert pool.in_use == 4 - len(lost)
-    assert pool.create({id: tasks[id] for id in lost}, image_hw=HW) == {}
+    answers = pool.step({id: some_actions(1) for id in tasks})
+    (lost,) = (id for id in tasks if isinstance(answers[id], EnvironmentFault))
+    assert fault(answers[lost]).code == "lost"
+    assert f"simulator process {pid} was killed by signal 9; this episode is lost" in fault(answers[lost]).message
+    assert fault(pool.reset([lost])[lost]).code == "lost"  # still, until it is created again
+    assert pool.in_use == 5
     assert pid not in pool.pids
-    pool.reset(lost)
-    again = pool.step({id: some_actions(0) for id in lost})
-    with Simulator.for_task(tasks[lost[0]], image_hw=HW) as simulator:
-        simulator.reset(START)
-        expected = [simulator.step(action).frame for action in some_actions(0)]
-    assert np.array_equal(seen(again[lost[0]]).frames, expected)
+    assert pool.create({lost: tasks[lost]}, image_hw=HW) == {}
+    pool.reset([lost])
+    again = pool.step({lost: some_actions(0)})
+    for id, task in tasks.items():
+        with Simulator.for_task(task, image_hw=HW) as simulator:
+            simulator.reset(START)
+            expected = [[simulator.step(action) for action in some_actions(k)] for k in range(2)][id != lost]
+        shown = seen(again[lost] if id == lost else answers[id])
+        assert np.array_equal(shown.frames, [each.frame for each in expected])
+        assert np.array_equal(shown.poses, [each.pose for each in expected])
+        assert shown.frame_index == (17 if id == lost else 33)
+
+
+def test_task_that_crashes_the_simulator_again_and_again_loses_itself_only(monkeypatch):
+    with LocalEnvironments(processes=1) as pool:
+        tasks = {id: a_task() for id in ("bad", "a", "b", "c")}
+        pool.create(tasks, image_hw=HW)
+        pool.reset(list(tasks))
+        (seat,) = pool._seats
+        ask = seat.process.ask
+
+        def crash(request, within_s):
+            if isinstance(request, Step) and request.id == "bad":
+                os.kill(seat.process.pid, signal.SIGKILL)
+            return ask(request, within_s)
+
+        monkeypatch.setattr(seat.process, "ask", crash)
+        for k in range(3):
+            answers = pool.step({id: some_actions(k) for id in tasks})
+            assert fault(answers.pop("bad")).code == "lost"
+            assert {seen(each).frame_index for each in answers.values()} == {17 + 16 * k}
+            assert pool.create({"bad": tasks["bad"]}, image_hw=HW) == {}
+            pool.reset(["bad"])
+        os.kill(pool.pids[0], signal.SIGKILL)
+        assert fault(pool.reset(["a"])["a"]).code == "lost"
+        pool.close(["b"])  # which the process that runs now has never made
+        assert fault(pool.step({"b": some_actions(0)})["b"]).code == "unknown_environment"
+        assert seen(pool.step({"c": some_actions(3)})["c"]).frame_index == 65
 
 
 def test_hanging_simulator_is_killed_at_its_time_limit_and_the_others_answer():

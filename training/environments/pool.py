@@ -1,8 +1,9 @@
 """Environments in simulator processes of this machine.
 
 Every process has a thread that talks to it, so a call runs on all processes at once and calls of several threads take
-turns. A process that dies or does not answer in time loses its episodes (`lost`) and is started again; the others do
-not notice.
+turns. A process that dies or does not answer in time loses the episode that it was asked for (`lost`) and is started
+again. Its other episodes are flown again there, to where they were, once they are asked for: the same requests give the
+same bits.
 
 Source: spec/seed_systems.md 2.2 (pool, all-or-nothing, warm-up), 3.4.
 """
@@ -242,34 +243,44 @@ class LocalEnvironments:
 
     def _ask(self, seat: _Seat, id: str, request: SimulatorRequest) -> EnvironmentAnswer | None:
         """Runs on the seat's thread."""
-        if isinstance(request, Reset | Step | Close) and id not in seat.standing:
+        if isinstance(request, Reset | Step | Close) and id not in seat.flown:
             with self._lock:
                 return self._absent(id)
+        if isinstance(request, Close) and id in seat.fallen:
+            seat.forget(id)
+            return None
         try:
+            if isinstance(request, Reset | Step) and id in seat.fallen:
+                for earlier in seat.flown[id][: 1 if isinstance(request, Reset) else None]:
+                    reply = seat.process.ask(earlier, self._within_s(earlier))
+                    if isinstance(reply, Refused):
+                        return self._refused(seat, id, reply)
+                seat.fallen.discard(id)
             reply = seat.process.ask(request, self._within_s(request))
         except SimulatorLostError as error:
-            return self._lose(seat, id, request, str(error))
+            return self._lose(seat, id, str(error))
         if isinstance(reply, Refused):
-            if reply.code == "simulator_failed" and not isinstance(request, WarmUp):
-                seat.standing.discard(id)
-                with self._lock:
-                    self._forget(id)
-            return EnvironmentFault(code=reply.code, message=reply.message)
-        if isinstance(request, Create):
-            seat.standing.add(id)
-        elif isinstance(request, Close):
-            seat.standing.discard(id)
+            return self._refused(seat, id, reply)
+        seat.note(request)
         return reply.result(seat.process.memory) if isinstance(reply, Look) else None
 
-    def _lose(self, seat: _Seat, id: str, request: SimulatorRequest, why: str) -> EnvironmentFault:
-        message = f"{why}; its episodes are lost, create the environment again"
-        _log.warning("%s; %d episodes were in it", why, len(seat.standing))
-        with self._lock:
-            for lost in seat.standing | ({id} if isinstance(request, Create) else set()):
-                self._forget(lost)
-                self._lost[lost] = message
-            seat.scenes = {scene for other in seat.ids if (scene := self._scene_of.get(other)) is not None}
-        seat.standing.clear()
+    def _refused(self, seat: _Seat, id: str, reply: Refused) -> EnvironmentFault:
+        if reply.code == "simulator_failed" and id:
+            seat.forget(id)
+            with self._lock:
+                self._forget(id)
+        return EnvironmentFault(code=reply.code, message=reply.message)
+
+    def _lose(self, seat: _Seat, id: str, why: str) -> EnvironmentFault:
+        """A process died over a request for this environment; id "": for none."""
+        message = f"{why}; this episode is lost, create the environment again"
+        seat.forget(id)
+        seat.fallen = set(seat.flown)
+        _log.warning("%s; %d other episodes were in it and are flown again to where they were", why, len(seat.fallen))
+        if id:
+            with self._lock:
+                self._forget(id)
+                self._lost[id] = message
         return EnvironmentFault(code="lost", message=message)
 
     def _absent(self, id: str) -> EnvironmentFault:
@@ -286,9 +297,10 @@ class LocalEnvironments:
 
 
 class _Seat:
-    """A process, its thread, and what is in it. `ids` and `scenes` belong to the pool's lock, `standing` to the thread.
+    """A process, its thread, and what is in it. `ids` and `scenes` belong to the pool's lock, the rest to the thread.
 
-    `ids` have their place here; `standing` are those that the process has really made.
+    `ids` have their place here. `flown` are those that have been made, each with the requests that bring it to where it
+    is; of `fallen`, the process that did so has died.
     """
 
     def __init__(self, process: SimulatorProcess, index: int):
@@ -296,7 +308,24 @@ class _Seat:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"simulator-{index}")
         self.ids: set[str] = set()
         self.scenes: set[SceneRef] = set()
-        self.standing: set[str] = set()
+        self.flown: dict[str, list[Create | Reset | Step]] = {}
+        self.fallen: set[str] = set()
+
+    def note(self, request: SimulatorRequest) -> None:
+        """It was answered."""
+        if isinstance(request, Create):
+            self.flown[request.id] = [request]
+            self.fallen.discard(request.id)
+        elif isinstance(request, Reset):
+            self.flown[request.id][1:] = [request]
+        elif isinstance(request, Step):
+            self.flown[request.id].append(Step(request.id, request.actions, "last"))  # renders least
+        elif isinstance(request, Close):
+            self.forget(request.id)
+
+    def forget(self, id: str) -> None:
+        self.flown.pop(id, None)
+        self.fallen.discard(id)
 
     def cost(self, scene: SceneRef | None) -> int:
         """Of one more environment here, in environments."""

@@ -4,9 +4,9 @@ frames -> VAE encoder (streaming) -> bits of the observed clip -> keys and value
 log-probability of every bit -> VAE decoder -> adapter and TimesFormer windows, the head that serves -> 16 actions.
 No guidance and temperature 1: what flies is the distribution that is optimised.
 
-What holds for a flight (CPU): the same seed, prompt, frames and number of rows give bit-identical bits,
-log-probabilities and actions, whichever flights share the batch. With another number of rows, or on a GPU, they agree
-up to rounding, and a draw differs only where its number lies within rounding of its probability.
+What holds for a flight (one CPU thread): the same seed, prompt, frames and number of rows give bit-identical bits,
+log-probabilities and actions, whichever flights share the batch. With more threads, another number of rows, or on a
+GPU, they agree up to rounding, and a draw differs only where its number lies within rounding of its probability.
 
 Legend: B rows, F frames, C latent channels, T latent frames, H W sizes. Actions: cm and deg.
 Source: spec/training.md 5.2, 5.9 items 1, 2; spec/action_decoder.md 4, 10.
