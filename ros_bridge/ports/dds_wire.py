@@ -95,6 +95,7 @@ class DdsWire:
         self._waiting = WaitSet(self._participant)
         self._waiting.attach(self._stopping)
         self._thread: threading.Thread | None = None
+        self._is_open = True
 
     def publish(self, topic: str, message: Any) -> None:
         try:
@@ -116,10 +117,18 @@ class DdsWire:
         return len(self._writer(topic, kind).get_matched_subscriptions())
 
     def close(self) -> None:
+        if not self._is_open:
+            return
+        self._is_open = False
         if self._thread is not None:
             self._stopping.set(True)
             self._thread.join()
             self._thread = None
+        # Children before parents. Who reads a topic often knows this wire; until the garbage collector came, the domain
+        # would stay, and this process could not join it again with settings.
+        del self._waiting
+        self._callbacks, self._writers = [], {}
+        del self._stopping, self._participant, self._domain
 
     def _writer(self, topic: str, kind: Any) -> DataWriter:
         writer = self._writers.get(topic)

@@ -16,7 +16,6 @@ pytest.importorskip("starlette", reason="flies against a server, which needs the
 
 from bridge_processes import BridgeProcesses, bridge_processes
 from lockstep_desk import GreySimulator
-from ros_master import ros_master
 
 from worldvln_edge.ros_bridge.bridge_config import BridgeConfig, read_bridge_config
 from worldvln_edge.ros_bridge.flight import FLIGHT, is_flying
@@ -112,7 +111,7 @@ def desk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(request.param)
     with ExitStack() as running:
         if request.param == "ros1":
-            running.enter_context(ros_master(folder))
+            request.getfixturevalue("roscore")
         else:
             pytest.importorskip("cyclonedds", reason="needs the extra dds")
         bridge = running.enter_context(bridge_processes(folder, request.param, _SETTINGS))

@@ -12,26 +12,20 @@ import pytest
 
 pytest.importorskip("rospy", reason="needs ROS 1 (make test-ros)")
 
-from ros_master import ros_master
+import rospy
 
 from worldvln_edge.ros_bridge.diagnostics import error
 from worldvln_edge.ros_bridge.ports.message_port import MessagePort
 from worldvln_edge.ros_bridge.ports.rospy_wire import RospyError, RospyWire, check_topics
 from worldvln_edge.ros_bridge.ports.topics import TopicsConfig
 
-pytestmark = pytest.mark.ros
+pytestmark = [pytest.mark.ros, pytest.mark.usefixtures("roscore")]
 _TOPICS = TopicsConfig(use_sim_time=True)
 _JOIN = "from worldvln_edge.ros_bridge.ports.rospy_wire import RospyWire; RospyWire()"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def master(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with ros_master(tmp_path_factory.mktemp("roscore")) as uri:
-        yield uri
-
-
 @pytest.fixture(scope="module")
-def wire(master: str) -> Iterator[RospyWire]:
+def wire(roscore: str) -> Iterator[RospyWire]:
     wire = RospyWire("test")
     yield wire
     wire.close()
@@ -53,7 +47,7 @@ def _received(wire: RospyWire, topic: str, kind: type, publish) -> tuple[object,
     raise AssertionError(f"nothing came on {topic}")
 
 
-def test_without_a_master_it_is_said_where_one_was_looked_for(master):
+def test_without_a_master_it_is_said_where_one_was_looked_for():
     settings = {**os.environ, "ROS_MASTER_URI": "http://127.0.0.1:9"}
     done = subprocess.run([sys.executable, "-c", _JOIN], env=settings, capture_output=True, text=True, check=False)
     assert (
@@ -61,7 +55,7 @@ def test_without_a_master_it_is_said_where_one_was_looked_for(master):
     )
 
 
-def test_the_process_keeps_its_log_and_ends_by_itself(master):
+def test_the_process_keeps_its_log_and_ends_by_itself():
     program = f"import logging; logging.basicConfig(); {_JOIN}; logging.getLogger('ours').warning('still here')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0
@@ -83,7 +77,7 @@ def test_what_the_bridge_publishes_arrives_with_its_fields(wire):
     setpoint, source = _received(
         wire, _TOPICS.setpoint, types.TwistStamped, lambda: port.publish_setpoint((1.0, -2.0, 0.5), 0.25)
     )
-    assert source.startswith("/test_")
+    assert source == rospy.get_name()
     assert (setpoint.twist.linear.x, setpoint.twist.linear.y, setpoint.twist.linear.z) == (1.0, -2.0, 0.5)
     assert setpoint.twist.angular.z == 0.25
     assert (setpoint.header.stamp.secs, setpoint.header.stamp.nsecs, setpoint.header.frame_id) == (12, 34, "odom")

@@ -22,7 +22,6 @@ pytest.importorskip("onnxruntime", reason="flies the shipped model, which needs 
 pytest.importorskip("mujoco", reason="flies in the simulator, which needs the extra sim")
 
 from bridge_processes import free_port
-from ros_master import ros_master
 
 from worldvln_edge.client import ServerUnreachableError, SessionClient
 from worldvln_edge.tasks import write_task_list
@@ -157,13 +156,12 @@ def _connected(url: str, log: Path) -> SessionClient:
 @pytest.fixture(
     scope="module", params=[pytest.param("dds", marks=pytest.mark.slow), pytest.param("ros1", marks=pytest.mark.ros)]
 )
-def via(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with ExitStack() as running:
-        if request.param == "ros1":
-            running.enter_context(ros_master(tmp_path_factory.mktemp("roscore")))
-        else:
-            pytest.importorskip("cyclonedds", reason="needs the extra dds")
-        yield request.param
+def via(request: pytest.FixtureRequest) -> str:
+    if request.param == "ros1":
+        request.getfixturevalue("roscore")
+    else:
+        pytest.importorskip("cyclonedds", reason="needs the extra dds")
+    return request.param
 
 
 def test_on_simulated_time_flights_are_those_of_the_direct_client(services, via):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -177,6 +178,17 @@ def test_hanging_simulator_is_killed_at_its_time_limit_and_the_others_answer():
         assert hanging not in pool.pids
         with pytest.raises(ProcessLookupError):
             os.kill(hanging, 0)
+
+
+def test_default_timeout_of_sockets_does_not_reach_a_simulator():
+    """rospy sets one for its whole process."""
+    socket.setdefaulttimeout(60)
+    try:
+        with LocalEnvironments(1) as pool:
+            assert pool.create({"a": a_task()}, image_hw=HW) == {}
+            seen(pool.reset(["a"])["a"])
+    finally:
+        socket.setdefaulttimeout(None)
 
 
 def test_simulator_that_dies_between_calls_is_started_again_by_the_next_creation(pool):

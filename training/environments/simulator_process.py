@@ -82,6 +82,8 @@ class SimulatorProcess:
     def _launch(self) -> None:
         ours, theirs = socket.socketpair()
         with ours, theirs:
+            for end in (ours, theirs):
+                end.setblocking(True)  # whatever default others have set: rospy sets one of 60 s
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _STALLED_AFTER_S, 0))
             self._memory = make_frame_memory()
