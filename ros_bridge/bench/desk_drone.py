@@ -87,6 +87,10 @@ class DeskDrone:
         self._stopping.set()
         self._thread.join()
 
+    def instruction_readers(self) -> frozenset[int]:
+        """Who listens for instructions, by handle. A process that was killed is among them until its lease ends."""
+        return frozenset(self._instruction.get_matched_subscriptions())
+
     def instruct(self, text: str) -> None:
         """Publish an instruction, once somebody listens. Raises DeskTimeoutError."""
         self._say(self._instruction, text)
