@@ -1,7 +1,7 @@
 """ROS 2's topics over bare DDS: for computers that have no ROS, and readable by every ROS 2 node in the same domain.
 
-Writers are reliable, which satisfies every reader; readers are best effort, which accepts every writer. One thread
-waits for samples and calls back.
+Writers are reliable, which satisfies every reader; readers are best effort, which accepts every writer, unless messages
+must arrive. One thread waits for samples and calls back.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from cyclonedds.topic import Topic
 from worldvln_edge.ros_bridge.bridge_config import DdsConfig
 from worldvln_edge.ros_bridge.ports import dds_types as dds
 from worldvln_edge.ros_bridge.ports.px4_types import OffboardControlMode, TrajectorySetpoint, VehicleOdometry
+from worldvln_edge.ros_bridge.ports.wire import DeafWireError
 
 _log = logging.getLogger(__name__)
 _DEPTH = 5
@@ -40,6 +41,7 @@ _BLOCKED_NS = 5_000_000
 """Longest wait for a slow reliable reader; the setpoint loop must not stand still."""
 _WAIT_NS = 100_000_000
 _READ = Qos(Policy.Reliability.BestEffort, Policy.Durability.Volatile, Policy.History.KeepLast(_DEPTH))
+_READ_ALL = Qos(Policy.Reliability.Reliable(0), Policy.Durability.Volatile, Policy.History.KeepLast(_DEPTH))
 _WRITE = Qos(Policy.Reliability.Reliable(_BLOCKED_NS), Policy.Durability.Volatile, Policy.History.KeepLast(_DEPTH))
 _TYPES = SimpleNamespace(
     **vars(dds),
@@ -96,21 +98,26 @@ class DdsWire:
         self._waiting.attach(self._stopping)
         self._thread: threading.Thread | None = None
         self._is_open = True
+        self._is_deaf = False
 
     def publish(self, topic: str, message: Any) -> None:
+        if self._is_deaf:
+            raise DeafWireError
         try:
             self._writer(topic, type(message)).write(message)
         except DDSException as failure:  # a reader that does not keep up; the next message is the better one
             _log.warning("%s was not written: %s", topic, failure)
 
-    def subscribe(self, topic: str, kind: Any, receive: Callable[[Any, str], None]) -> None:
+    def subscribe(
+        self, topic: str, kind: Any, receive: Callable[[Any, str], None], *, must_arrive: bool = False
+    ) -> None:
         dds_topic: Topic[Any] = Topic(self._participant, dds.topic_name(topic), kind)
-        reader = DataReader(self._participant, dds_topic, qos=_READ)
+        reader = DataReader(self._participant, dds_topic, qos=_READ_ALL if must_arrive else _READ)
         condition = ReadCondition(reader, SampleState.Any | ViewState.Any | InstanceState.Any)
         self._callbacks = [*self._callbacks, (reader, condition, receive)]
         self._waiting.attach(condition)
         if self._thread is None:
-            self._thread = threading.Thread(target=self._receive, name="dds", daemon=True)
+            self._thread = threading.Thread(target=self._listen, name="dds", daemon=True)
             self._thread.start()
 
     def readers(self, topic: str, kind: Any) -> int:
@@ -136,6 +143,13 @@ class DdsWire:
             dds_topic: Topic[Any] = Topic(self._participant, dds.topic_name(topic), kind)
             writer = self._writers[topic] = DataWriter(self._participant, dds_topic, qos=_WRITE)
         return writer
+
+    def _listen(self) -> None:
+        try:
+            self._receive()
+        except Exception:  # of a callback: `publish` says so to who cannot see this thread
+            _log.exception("handling a message failed")
+            self._is_deaf = True
 
     def _receive(self) -> None:
         while not self._stopping.read():

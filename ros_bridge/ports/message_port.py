@@ -64,10 +64,14 @@ class MessagePort:
         self._wire.subscribe(self._topics.odometry, kind, take)
 
     def subscribe_instruction(self, receive: Callable[[str], None]) -> None:
-        self._wire.subscribe(self._topics.instruction, self._types.String, lambda text, _: receive(text.data))
+        self._subscribe_words(self._topics.instruction, receive)
 
     def subscribe_command(self, receive: Callable[[str], None]) -> None:
-        self._wire.subscribe(self._topics.command, self._types.String, lambda text, _: receive(text.data))
+        self._subscribe_words(self._topics.command, receive)
+
+    def _subscribe_words(self, topic: str, receive: Callable[[str], None]) -> None:
+        """Said once, so a loss would not be made good by the next message as with images."""
+        self._wire.subscribe(topic, self._types.String, lambda text, _: receive(text.data), must_arrive=True)
 
     def announce_setpoints(self) -> None:
         topics, types = self._topics, self._types

@@ -6,11 +6,13 @@ own, so that signals stay with the process that opened it.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from worldvln_edge.ros_bridge.ports.topics import TopicsConfig
+from worldvln_edge.ros_bridge.ports.wire import DeafWireError
 
 try:
     import rclpy
@@ -27,6 +29,7 @@ except ImportError as missing:
         "that it was built for; without ROS 2 fly with --via dds"
     ) from missing
 
+_log = logging.getLogger(__name__)
 _DEPTH = 5
 _SPIN_S = 0.1
 _LOOK_FOR_PUBLISHERS_S = 1.0
@@ -65,13 +68,18 @@ class RclpyWire:
         self._executor = MultiThreadedExecutor(_THREADS, context=self._context)
         self._executor.add_node(self.node)
         self._stopping = threading.Event()
+        self._is_deaf = False
         self._thread = threading.Thread(target=self._spin, name="rclpy", daemon=True)
         self._thread.start()
 
     def publish(self, topic: str, message: Any) -> None:
+        if self._is_deaf:
+            raise DeafWireError
         self._publisher(topic, type(message)).publish(message)
 
-    def subscribe(self, topic: str, kind: Any, receive: Callable[[Any, str], None]) -> None:
+    def subscribe(
+        self, topic: str, kind: Any, receive: Callable[[Any, str], None], *, must_arrive: bool = False
+    ) -> None:
         """Callbacks of all subscriptions share the node's own group, so they run one at a time."""
         received = self._sources[topic] = 1
 
@@ -81,7 +89,8 @@ class RclpyWire:
             # rclpy does not say who published a message. Those that are known take turns, so that none is overlooked.
             receive(message, f"publisher {received % self._sources[topic] + 1}")
 
-        self.node.create_subscription(kind, topic, take, _qos(ReliabilityPolicy.BEST_EFFORT))
+        reliability = ReliabilityPolicy.RELIABLE if must_arrive else ReliabilityPolicy.BEST_EFFORT
+        self.node.create_subscription(kind, topic, take, _qos(reliability))
         self.node.create_timer(_LOOK_FOR_PUBLISHERS_S, lambda: self._look_for_publishers(topic))
 
     def readers(self, topic: str, kind: Any) -> int:
@@ -95,8 +104,12 @@ class RclpyWire:
         rclpy.shutdown(context=self._context)
 
     def _spin(self) -> None:
-        while not self._stopping.is_set():
-            self._executor.spin_once(timeout_sec=_SPIN_S)
+        try:
+            while not self._stopping.is_set():
+                self._executor.spin_once(timeout_sec=_SPIN_S)
+        except Exception:  # of a callback: `publish` says so to who cannot see this thread
+            _log.exception("handling a message failed")
+            self._is_deaf = True
 
     def _publisher(self, topic: str, kind: Any) -> Publisher:
         publisher = self._publishers.get(topic)

@@ -67,7 +67,11 @@ class RospyWire:
         except rospy.ROSException as failure:  # the node is shutting down, or a field does not fit its type
             _log.warning("%s was not written: %s", topic, failure)
 
-    def subscribe(self, topic: str, kind: Any, receive: Callable[[Any, str], None]) -> None:
+    def subscribe(
+        self, topic: str, kind: Any, receive: Callable[[Any, str], None], *, must_arrive: bool = False
+    ) -> None:
+        """Over TCP, which loses nothing, whatever `must_arrive` says."""
+
         def take(message: Any) -> None:
             with self._one_at_a_time:
                 receive(message, message._connection_header["callerid"])

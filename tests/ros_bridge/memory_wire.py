@@ -45,7 +45,9 @@ class MemoryWire:
             for receive in receivers:
                 receive(message, self._source)
 
-    def subscribe(self, topic: str, kind: Any, receive: Callable[[Any, str], None]) -> None:
+    def subscribe(
+        self, topic: str, kind: Any, receive: Callable[[Any, str], None], *, must_arrive: bool = False
+    ) -> None:
         with self._topics.lock:
             self._topics.receivers.setdefault(topic, []).append(receive)
 

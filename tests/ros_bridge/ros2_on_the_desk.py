@@ -50,6 +50,7 @@ class Graph:
         self.publishers: dict[str, int] = defaultdict(int)
         self.sent: dict[str, list[Any]] = defaultdict(list)
         self.actions: dict[str, Any] = {}
+        self.reliability: dict[str, str] = {}
 
 
 def install(monkeypatch: Any) -> Graph:
@@ -116,6 +117,7 @@ class Node:
 
     def create_subscription(self, msg_type: type, topic: str, callback: Any, qos_profile: Any) -> None:
         self.graph.subscriptions[topic].append((msg_type, callback))
+        self.graph.reliability[topic] = qos_profile.reliability.name
 
     def create_timer(self, timer_period_sec: float, callback: Any) -> None:
         self.timers.append((timer_period_sec, callback))

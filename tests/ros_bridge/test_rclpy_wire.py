@@ -19,6 +19,7 @@ from worldvln_edge.ros_bridge.flight import Flight
 from worldvln_edge.ros_bridge.ports.message_port import MessagePort
 from worldvln_edge.ros_bridge.ports.opening import WireMissingError, goals_served, open_wire
 from worldvln_edge.ros_bridge.ports.topics import TopicsConfig
+from worldvln_edge.ros_bridge.ports.wire import DeafWireError
 from worldvln_edge.ros_bridge.running_bridge import RunningBridge
 
 
@@ -52,6 +53,34 @@ def _node(graph, topic: str, message_type: str):
 
 def _time(seconds: int):
     return sys.modules["builtin_interfaces.msg"].Time(sec=seconds, nanosec=5)
+
+
+def test_words_are_read_reliably_and_the_camera_takes_any_publisher(graph, opened):
+    port = opened()
+    port.subscribe_image(list)
+    port.subscribe_instruction(list)
+    port.subscribe_command(list)
+    topics = TopicsConfig()
+    assert [graph.reliability[topic] for topic in (topics.image, topics.instruction, topics.command)] == [
+        "BEST_EFFORT",
+        "RELIABLE",
+        "RELIABLE",
+    ]
+
+
+def test_a_failure_within_the_executor_comes_out_of_the_next_publish(graph, opened):
+    port = opened()
+    port.subscribe_command(list)
+    port.publish_step_done(1)
+    port._wire.node.create_timer(0.0, lambda: [].pop())
+
+    def publish_for_a_while() -> None:
+        give_up_s = time.monotonic() + 10
+        while time.monotonic() < give_up_s:
+            port.publish_step_done(1)
+
+    with pytest.raises(DeafWireError, match="handling a message failed, see the log"):
+        publish_for_a_while()
 
 
 def test_images_and_odometry_come_with_their_stamps(graph, opened):

@@ -50,7 +50,7 @@ class QuietWire:
     def __init__(self) -> None:
         self.receive = {}
 
-    def subscribe(self, topic, kind, receive) -> None:
+    def subscribe(self, topic, kind, receive, *, must_arrive=False) -> None:
         self.receive[topic] = (kind, receive)
 
 
