@@ -67,9 +67,12 @@ def test_checkpoints_are_compared_on_the_same_flights_and_a_comparison_goes_on(c
     assert compare(checkpoints, tmp_path, said) == [first, same, other]
     assert len(said) == flown
     lines = comparison_table([first, same, other]).splitlines()
-    assert len({line.index(str(path)) for line, path in zip(lines[1:], checkpoints, strict=True)}) == 1
+    assert len({line.index(str(path)) for line, path in zip(lines[1:4], checkpoints, strict=True)}) == 1
     assert lines[1].split()[1] == "-"
     assert f"{other.reward_difference.mean:+.4f}" in lines[3]
+    assert first.stopping is not None
+    assert lines[4].startswith(f"early stopping (budget, stall) would save {first.stopping.saved:.1%} of the ")
+    assert f"{first.stopping.stopped} of 6 flights, success {first.stopping.success_difference.mean:+.4f}" in lines[4]
 
 
 def test_one_checkpoint_or_two_presets_cannot_be_compared(checkpoints: list[Path], tmp_path: Path):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 import pytest
+import torch
 from grpo_flights import ended_after, flown_along
 from rollout_world import PATIENT, START, CountingEnvironments, flier, flight_tasks
 
@@ -25,8 +26,11 @@ from worldvln_edge.training.grpo.early_stopping import (
     rule_that_ends,
 )
 from worldvln_edge.training.grpo.fly_collection import collect
+from worldvln_edge.training.grpo.held_out import HeldOutResult
 from worldvln_edge.training.grpo.reward_terms import TermConfig
 from worldvln_edge.training.grpo.rewards import task_reward
+from worldvln_edge.training.grpo.scored_collection import JudgedFlight
+from worldvln_edge.training.grpo.stopping_saving import stopped_flight, stopping_saving
 from worldvln_edge.training.grpo.trace import HORIZON, FlightTrace
 from worldvln_edge.training.sim.simulator import Simulator
 
@@ -188,6 +192,41 @@ def test_a_stopped_flight_is_the_same_up_to_where_it_was_stopped(whole, stopped,
         if steps < 12:
             assert rule.is_over(replace(before, poses=flight.flown_poses()))
     assert sum(flight.environment_steps_saved for flight in stopped) > 0
+
+
+def test_a_whole_flight_that_is_stopped_afterwards_is_the_one_that_was_flown_under_the_rule(whole, stopped, rule):
+    for flight, unstopped in zip(stopped, whole, strict=True):
+        found = stopped_flight(unstopped, TASK, (rule,))
+        assert (found is unstopped) == (flight.end_reason == HORIZON)
+        assert (found.end_reason, found.environment_steps) == (flight.end_reason, flight.environment_steps)
+        for one, other in zip(found.segments, flight.segments, strict=True):
+            assert np.array_equal(one.actions, other.actions)
+            assert np.array_equal(one.poses, other.poses)
+            assert all(torch.equal(a, b) for a, b in zip(one.bits, other.bits, strict=True))
+    with pytest.raises(ConfigError, match="a trace does not say when the flight touched something"):
+        stopped_flight(whole[0], TASK, (CollisionRule(),))
+
+
+def test_saving_counts_the_steps_and_pairs_the_flights(whole, stopped, rule):
+    def judge(flights: Sequence[FlightTrace]) -> HeldOutResult:
+        judged = [
+            JudgedFlight(
+                task_id=one.task_id,
+                candidate_id=one.candidate_id,
+                seed=one.seed,
+                rewards=tuple(task_reward(TermConfig(), STEP)(one, TASK)),
+                succeeded=one.end_reason == HORIZON,
+            )
+            for one in flights
+        ]
+        return HeldOutResult(flights=tuple(judged), failed=0, environment_steps=1, seconds=1)
+
+    saving = stopping_saving(whole, {TASK.task_id: TASK}, (rule,), judge)
+    flown = sum(flight.environment_steps for flight in stopped)
+    assert (saving.rules, saving.stopped) == (("budget",), 3)
+    assert saving.saved == pytest.approx(1 - flown / 72)
+    assert saving.success_difference.mean == -0.5
+    assert saving.reward_difference.mean == pytest.approx(judge(stopped).reward - judge(whole).reward)
 
 
 def test_what_a_stopped_flight_is_worth_is_what_the_simulator_gives_for_standing_still(stopped):

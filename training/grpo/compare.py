@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -20,7 +21,8 @@ from worldvln_edge.models.checkpoint_source import load_source, open_any
 from worldvln_edge.models.worldvln import Checkpoint
 from worldvln_edge.runtime.worldvln.tokenizer import PromptTokenizer
 from worldvln_edge.tasks import Task
-from worldvln_edge.training.grpo.collection import Collection, CollectionConfig
+from worldvln_edge.training.grpo.collection import Collection, CollectionConfig, CollectionReport
+from worldvln_edge.training.grpo.early_stopping import early_stopping_rules
 from worldvln_edge.training.grpo.fly_collection import collect
 from worldvln_edge.training.grpo.grpo_config import GrpoConfig
 from worldvln_edge.training.grpo.held_out import HeldOutResult, PairedDifference, paired_difference
@@ -32,6 +34,8 @@ from worldvln_edge.training.grpo.run_collections import MakeFlier
 from worldvln_edge.training.grpo.run_table import TABLE_FILE
 from worldvln_edge.training.grpo.scored_collection import GrpoError, judge_flights, padded
 from worldvln_edge.training.grpo.scoring import score_samples
+from worldvln_edge.training.grpo.stopping_saving import StoppingSaving, stopping_saving
+from worldvln_edge.training.grpo.trace import FlightTrace
 from worldvln_edge.training.stages.backbone_network import FrozenTextFeatures
 from worldvln_edge.training.trainer.loss_log import read_curve
 
@@ -55,6 +59,8 @@ class ComparedPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Of the last pass of its training; None: the checkpoint has no GRPO table."""
     environment_steps: float | None
     """That its training flew; None alike."""
+    stopping: StoppingSaving | None
+    """What early stopping would have saved; None: the flights were flown with rules of the recipe."""
 
 
 def compare_checkpoints(
@@ -100,7 +106,8 @@ def compare_checkpoints(
                 f"{path} is of {loaded.config.name}, {checkpoints[0]} of {first.config.name}, or sizes differ"
             )
         flown = _fly(loaded, tasks, config, make_flier, work)
-        result = _judge(flown, tasks, config, loaded)
+        traces, judge = list(flown.traces()), partial(_judge, flown.report, tasks, config, loaded)
+        result = judge(traces)
         start = start or result
         is_first = loaded is first
         row = _last_row(path)
@@ -113,9 +120,12 @@ def compare_checkpoints(
                 success=result.success,
                 reward_difference=None if is_first else paired_difference(result, start),
                 success_difference=None if is_first else paired_difference(result, start, "succeeded"),
-                k3=None if is_first else _k3(loaded, first, flown, config),
+                k3=None if is_first else _k3(loaded, first, traces, config),
                 clipped=row.get("clipped"),
                 environment_steps=row.get("environment_steps_total"),
+                stopping=None
+                if config.early_stopping
+                else stopping_saving(traces, {task.task_id: task for task in tasks}, early_stopping_rules(), judge),
             )
         )
     return found
@@ -134,7 +144,19 @@ def comparison_table(policies: Sequence[ComparedPolicy]) -> str:
             f"{_number(one.k3, '.5f'):>9} {_number(one.clipped, '.3f'):>8} "
             f"{_number(one.environment_steps, '.0f'):>10} {one.flights:>8}  {one.checkpoint}"
         )
+    for one in policies:
+        if one.stopping is not None:
+            saving = one.stopping
+            lines.append(
+                f"early stopping ({', '.join(saving.rules)}) would save {saving.saved:.1%} of the environment steps of "
+                f"{one.checkpoint}: it ends {saving.stopped} of {one.flights} flights, "
+                f"success {_plus_minus(saving.success_difference)}, reward {_plus_minus(saving.reward_difference)}"
+            )
     return "\n".join(lines)
+
+
+def _plus_minus(found: PairedDifference) -> str:
+    return f"{found.mean:+.4f} +- {_number(found.standard_error, '.4f')}"
 
 
 def _difference(found: PairedDifference | None) -> str:
@@ -168,10 +190,16 @@ def _fly(
     return flown
 
 
-def _judge(flown: Collection, tasks: Sequence[Task], config: GrpoConfig, loaded: Checkpoint) -> HeldOutResult:
-    reward, report = config.reward, flown.report
+def _judge(
+    report: CollectionReport,
+    tasks: Sequence[Task],
+    config: GrpoConfig,
+    loaded: Checkpoint,
+    traces: Sequence[FlightTrace],
+) -> HeldOutResult:
+    reward = config.reward
     flights = judge_flights(
-        list(flown.traces()),
+        traces,
         {task.task_id: task for task in tasks},
         WeightedRewards(reward.weights, reward.terms, step=loaded.config.horizon.step),
         bonus=reward.success_bonus,
@@ -184,12 +212,12 @@ def _judge(flown: Collection, tasks: Sequence[Task], config: GrpoConfig, loaded:
     )
 
 
-def _k3(new: Checkpoint, first: Checkpoint, flown: Collection, config: GrpoConfig) -> float:
+def _k3(new: Checkpoint, first: Checkpoint, flown: Sequence[FlightTrace], config: GrpoConfig) -> float:
     """Mean k3 per bit over all segments that `new` flew."""
     maker = PolicyBatchMaker(new.config, _tokenizer(new))
     total, count = 0.0, 0
     texts = [FrozenTextFeatures(one.model.text_encoder, kept=_KEPT_PROMPTS) for one in (new, first)]
-    for trace in flown.traces():
+    for trace in flown:
         samples = [(trace, segment) for segment in range(len(trace.segments))]
         own, other = (
             score_samples(one.model.world_model, maker, text, samples, together=config.micro_samples)
