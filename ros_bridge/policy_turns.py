@@ -94,6 +94,7 @@ class LockstepTurns:
         self._port, self._link = port, link
         self._came = threading.Event()
         self._step_ns = self._told_ns = 0
+        self._is_asked_again = False
         self._stuck_s = 0.0
 
     @property
@@ -105,12 +106,19 @@ class LockstepTurns:
 
     def is_new(self, stamp_ns: int) -> bool:
         last_ns, self._step_ns = self._step_ns, stamp_ns
-        return stamp_ns != last_ns  # the simulator shows a step again until it is answered
+        if stamp_ns != last_ns:
+            return True
+        # The simulator shows a step again until it is answered. The setpoint process forgets who was ready when it sees
+        # that the clock went back, so it may have forgotten that we are ready for the first step after that.
+        self._is_asked_again = True
+        return False
 
     def wait(self) -> list[Progress]:
         if self._step_ns != self._told_ns:
+            self._stuck_s, self._is_asked_again = 0.0, True
+        if self._is_asked_again:
             self._link.send(Ready(stamp_ns=self._step_ns))
-            self._told_ns, self._stuck_s = self._step_ns, 0.0
+            self._told_ns, self._is_asked_again = self._step_ns, False
         began_s = time.monotonic()
         self._came.wait(_WAIT_S)
         self._came.clear()

@@ -126,6 +126,25 @@ def test_a_simulator_that_starts_anew_is_followed(desk):
     assert desk.flights.fly(ASIDE).is_flown
 
 
+def test_setpoint_process_that_sees_the_clock_go_back_after_the_policy_was_ready_is_told_again(desk, monkeypatch):
+    """The policy may be quicker than the setpoint process, which then forgets that it is ready."""
+    desk.start_policy()
+    assert desk.flights.fly(TASK).success
+    take_clocks = desk.setpoints._take_clocks
+
+    def take_clocks_late() -> None:
+        if desk.setpoints._clocks and desk.setpoints._clocks[0] < desk.setpoints._done_ns:
+            give_up_s = time.monotonic() + 20
+            while desk.setpoints._ready_ns != desk.setpoints._clocks[0] and time.monotonic() < give_up_s:
+                desk.setpoints._listen()
+                time.sleep(0.01)
+        take_clocks()
+
+    monkeypatch.setattr(desk.setpoints, "_take_clocks", take_clocks_late)
+    desk.start_simulator()
+    assert desk.flights.fly(ASIDE).is_flown
+
+
 def test_a_simulator_that_stands_still_ends_the_flight_and_is_named(desk, monkeypatch):
     desk.start_policy()
     desk.flights.stand(TASK)
