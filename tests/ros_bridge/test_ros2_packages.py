@@ -139,7 +139,7 @@ def test_every_package_that_is_imported_is_a_dependency():
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 imported.add(node.module.partition(".")[0])
-    ours_and_pythons = {"worldvln_edge", "__future__", "types", "typing", "threading", "collections", "pathlib"}
+    ours_and_pythons = {"worldvln_edge", *sys.stdlib_module_names}
     optional = {"px4_msgs"}
     assert imported - ours_and_pythons - optional <= named
 
