@@ -91,6 +91,10 @@ class DeskDrone:
         """Who listens for instructions, by handle. A process that was killed is among them until its lease ends."""
         return frozenset(self._instruction.get_matched_subscriptions())
 
+    def wait_for_another_reader(self, known: frozenset[int], timeout_s: float = 20.0) -> None:
+        """Until somebody listens for instructions who was not among these. Raises DeskTimeoutError."""
+        self.wait(lambda: self.instruction_readers() - known, "another reader of instructions", timeout_s)
+
     def instruct(self, text: str) -> None:
         """Publish an instruction, once somebody listens. Raises DeskTimeoutError."""
         self._say(self._instruction, text)

@@ -134,7 +134,7 @@ def run_fail_safe_bench(
             dead = drone.instruction_readers()
             policy, restarted_s = processes.start_policy(bundle is not None), time.monotonic()
             if bundle is not None:
-                drone.wait(lambda dead=dead: drone.instruction_readers() - dead, "the new policy", _START_S)
+                drone.wait_for_another_reader(dead, _START_S)
             _fly(drone, bundle)
             recovered[name].append((time.monotonic() - restarted_s) * 1e3)
     intervals_ms = np.diff([setpoint.stamp_ns for setpoint in flight]) / 1e6
