@@ -265,10 +265,17 @@ class ZmqDoor:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_S)
-            now_s, ttl_s = asyncio.get_running_loop().time(), self._manager.limits.session_ttl_s
-            for client in list(self._clients.values()):
-                if not client.is_busy and now_s - client.last_heard_s > ttl_s:
-                    self._forget(client)
+            self._forget_silent()
+
+    def _forget_silent(self) -> None:
+        """Forget whom nothing was heard of for as long as a session lives.
+
+        A method of its own: the loop that calls it sleeps, and would keep the last client that it looked at.
+        """
+        now_s, ttl_s = asyncio.get_running_loop().time(), self._manager.limits.session_ttl_s
+        for client in list(self._clients.values()):
+            if not client.is_busy and now_s - client.last_heard_s > ttl_s:
+                self._forget(client)
 
     async def say_bye_to_all(self) -> None:
         """Send what is written so far and `bye` to every client that reads."""

@@ -11,6 +11,7 @@ from chaos_witness import FRAMES, Line
 
 from worldvln_edge.protocol import End, Hello, Observe, Start
 from worldvln_edge.runtime.bench.serve_load_client import jpeg_frames
+from worldvln_edge.runtime.doors import zmq_door
 from worldvln_edge.runtime.doors.native_connection import NativeConnection
 from worldvln_edge.runtime.doors.server import BackgroundServer
 from worldvln_edge.runtime.doors.websocket_door import Outbox
@@ -79,7 +80,8 @@ def collector_rests():
 
 
 @pytest.fixture(params=[0, 1], ids=["websocket", "zmq"])
-def url(request):
+def url(request, monkeypatch):
+    monkeypatch.setattr(zmq_door, "_SWEEP_S", 0.001)  # each client is looked at while it is there
     with BackgroundServer(NullPolicy(), zmq=ZmqConfig(endpoints=("tcp://127.0.0.1:*",))) as server:
         yield (server.url, *server.server.zmq_urls)[request.param]
 
