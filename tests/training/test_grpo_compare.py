@@ -1,6 +1,7 @@
 """`train grpo-compare` and `train grpo` around their runs: comparing checkpoints, and what is said before flying."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -12,15 +13,17 @@ from grpo_program import MODEL, NoiseFlier, random_policy, tasks
 from small_models import STATS, WORDS
 
 from worldvln_edge.models.worldvln import save_checkpoint
-from worldvln_edge.tasks import write_task_list
+from worldvln_edge.tasks import Task, write_task_list
 from worldvln_edge.training.grpo.compare import compare_checkpoints, comparison_table
 from worldvln_edge.training.grpo.grpo_config import EvaluationConfig, GrpoConfig
 from worldvln_edge.training.grpo.grpo_setup import read_held_out_tasks, read_tasks
+from worldvln_edge.training.grpo.rewards import RewardConfig
 from worldvln_edge.training.grpo.scored_collection import GrpoError
 from worldvln_edge.training.stages.tokenizer import build_word_tokenizer
 from worldvln_edge.training.train_cli import train
 
 CONFIG = GrpoConfig(rows=4, evaluation=EvaluationConfig(tasks=3, rollouts=2))
+HELD_OUT = tuple(tasks(3, "held-out"))
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +41,17 @@ def checkpoints(tmp_path_factory) -> list[Path]:
     return [folder / name for name in ("first", "same", "other")]
 
 
-def compare(checkpoints: list[Path], work: Path, said: list[str]):
+def compare(
+    checkpoints: list[Path],
+    work: Path,
+    said: list[str],
+    flown: Sequence[Task] = HELD_OUT,
+    config: GrpoConfig = CONFIG,
+):
     return compare_checkpoints(
         checkpoints,
-        tasks(3, "held-out"),
-        CONFIG,
+        flown,
+        config,
         lambda policy: NoiseFlier(policy, said.append),
         work,
         device=torch.device("cpu"),
@@ -73,6 +82,22 @@ def test_checkpoints_are_compared_on_the_same_flights_and_a_comparison_goes_on(c
     assert first.stopping is not None
     assert lines[4].startswith(f"early stopping (budget, stall) would save {first.stopping.saved:.1%} of the ")
     assert f"{first.stopping.stopped} of 6 flights, success {first.stopping.success_difference.mean:+.4f}" in lines[4]
+
+
+@pytest.mark.parametrize(
+    ("missing", "rules"),
+    [
+        ({"end_pos": None}, ("budget",)),
+        ({"reference_path_raw": ()}, ("stall",)),
+        ({"end_pos": None, "reference_path_raw": ()}, None),
+    ],
+)
+def test_early_stopping_is_said_of_the_rules_that_every_task_is_made_for(checkpoints, tmp_path, missing, rules):
+    first_task, *others = HELD_OUT
+    config = msgspec.structs.replace(CONFIG, reward=RewardConfig(weights={"collision": 1.0}))
+    compared = compare(checkpoints[:2], tmp_path, [], [msgspec.structs.replace(first_task, **missing), *others], config)
+    assert [one.stopping and one.stopping.rules for one in compared] == [rules, rules]
+    assert ("early stopping" in comparison_table(compared)) == (rules is not None)
 
 
 def test_one_checkpoint_or_two_presets_cannot_be_compared(checkpoints: list[Path], tmp_path: Path):

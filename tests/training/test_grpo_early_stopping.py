@@ -1,6 +1,6 @@
 """Early stopping saves environment steps and leaves the group's comparison as it is."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -208,7 +208,7 @@ def test_a_whole_flight_that_is_stopped_afterwards_is_the_one_that_was_flown_und
 
 
 def test_saving_counts_the_steps_and_pairs_the_flights(whole, stopped, rule):
-    def judge(flights: Sequence[FlightTrace]) -> HeldOutResult:
+    def judge(flights: Iterable[FlightTrace]) -> HeldOutResult:
         judged = [
             JudgedFlight(
                 task_id=one.task_id,
@@ -221,7 +221,7 @@ def test_saving_counts_the_steps_and_pairs_the_flights(whole, stopped, rule):
         ]
         return HeldOutResult(flights=tuple(judged), failed=0, environment_steps=1, seconds=1)
 
-    saving = stopping_saving(whole, {TASK.task_id: TASK}, (rule,), judge)
+    saving = stopping_saving(iter(whole), judge(whole), {TASK.task_id: TASK}, (rule,), judge)
     flown = sum(flight.environment_steps for flight in stopped)
     assert (saving.rules, saving.stopped) == (("budget",), 3)
     assert saving.saved == pytest.approx(1 - flown / 72)

@@ -21,21 +21,19 @@ from worldvln_edge.models.checkpoint_source import load_source, open_any
 from worldvln_edge.models.worldvln import Checkpoint
 from worldvln_edge.runtime.worldvln.tokenizer import PromptTokenizer
 from worldvln_edge.tasks import Task
-from worldvln_edge.training.grpo.collection import Collection, CollectionConfig, CollectionReport
+from worldvln_edge.training.grpo.collection import Collection, CollectionConfig
 from worldvln_edge.training.grpo.early_stopping import early_stopping_rules
 from worldvln_edge.training.grpo.fly_collection import collect
 from worldvln_edge.training.grpo.grpo_config import GrpoConfig
-from worldvln_edge.training.grpo.held_out import HeldOutResult, PairedDifference, paired_difference
+from worldvln_edge.training.grpo.held_out import HeldOutResult, PairedDifference, judge_held_out, paired_difference
 from worldvln_edge.training.grpo.objective import ObjectiveConfig, sample_losses
 from worldvln_edge.training.grpo.policy_batch import PolicyBatchMaker
-from worldvln_edge.training.grpo.rewards import WeightedRewards
 from worldvln_edge.training.grpo.rollout_policy import RolloutPolicy
 from worldvln_edge.training.grpo.run_collections import MakeFlier
 from worldvln_edge.training.grpo.run_table import TABLE_FILE
-from worldvln_edge.training.grpo.scored_collection import GrpoError, judge_flights, padded
+from worldvln_edge.training.grpo.scored_collection import GrpoError, padded
 from worldvln_edge.training.grpo.scoring import score_samples
-from worldvln_edge.training.grpo.stopping_saving import StoppingSaving, stopping_saving
-from worldvln_edge.training.grpo.trace import FlightTrace
+from worldvln_edge.training.grpo.stopping_saving import StoppingSaving, rules_made_for, stopping_saving
 from worldvln_edge.training.stages.backbone_network import FrozenTextFeatures
 from worldvln_edge.training.trainer.loss_log import read_curve
 
@@ -60,7 +58,10 @@ class ComparedPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     environment_steps: float | None
     """That its training flew; None alike."""
     stopping: StoppingSaving | None
-    """What early stopping would have saved; None: the flights were flown with rules of the recipe."""
+    """What early stopping would have saved, by the rules that all tasks are made for.
+
+    None: they are made for none, or the flights were flown with rules of the recipe.
+    """
 
 
 def compare_checkpoints(
@@ -92,6 +93,7 @@ def compare_checkpoints(
     """
     if len(checkpoints) < 2:
         raise GrpoError("comparing takes at least two checkpoints; the first is what the others are compared with")
+    rules = () if config.early_stopping else rules_made_for(tasks, early_stopping_rules())
     first: Checkpoint | None = None
     start: HeldOutResult | None = None
     found: list[ComparedPolicy] = []
@@ -106,8 +108,10 @@ def compare_checkpoints(
                 f"{path} is of {loaded.config.name}, {checkpoints[0]} of {first.config.name}, or sizes differ"
             )
         flown = _fly(loaded, tasks, config, make_flier, work)
-        traces, judge = list(flown.traces()), partial(_judge, flown.report, tasks, config, loaded)
-        result = judge(traces)
+        judge = partial(
+            judge_held_out, report=flown.report, tasks=tasks, config=config.reward, step=loaded.config.horizon.step
+        )
+        result = judge(flown.traces())
         start = start or result
         is_first = loaded is first
         row = _last_row(path)
@@ -120,12 +124,12 @@ def compare_checkpoints(
                 success=result.success,
                 reward_difference=None if is_first else paired_difference(result, start),
                 success_difference=None if is_first else paired_difference(result, start, "succeeded"),
-                k3=None if is_first else _k3(loaded, first, traces, config),
+                k3=None if is_first else _k3(loaded, first, flown, config),
                 clipped=row.get("clipped"),
                 environment_steps=row.get("environment_steps_total"),
-                stopping=None
-                if config.early_stopping
-                else stopping_saving(traces, {task.task_id: task for task in tasks}, early_stopping_rules(), judge),
+                stopping=stopping_saving(flown.traces(), result, {task.task_id: task for task in tasks}, rules, judge)
+                if rules
+                else None,
             )
         )
     return found
@@ -190,34 +194,12 @@ def _fly(
     return flown
 
 
-def _judge(
-    report: CollectionReport,
-    tasks: Sequence[Task],
-    config: GrpoConfig,
-    loaded: Checkpoint,
-    traces: Sequence[FlightTrace],
-) -> HeldOutResult:
-    reward = config.reward
-    flights = judge_flights(
-        traces,
-        {task.task_id: task for task in tasks},
-        WeightedRewards(reward.weights, reward.terms, step=loaded.config.horizon.step),
-        bonus=reward.success_bonus,
-    )
-    return HeldOutResult(
-        flights=tuple(flights),
-        failed=len(report.failed),
-        environment_steps=report.environment_steps,
-        seconds=report.seconds_now,
-    )
-
-
-def _k3(new: Checkpoint, first: Checkpoint, flown: Sequence[FlightTrace], config: GrpoConfig) -> float:
+def _k3(new: Checkpoint, first: Checkpoint, flown: Collection, config: GrpoConfig) -> float:
     """Mean k3 per bit over all segments that `new` flew."""
     maker = PolicyBatchMaker(new.config, _tokenizer(new))
     total, count = 0.0, 0
     texts = [FrozenTextFeatures(one.model.text_encoder, kept=_KEPT_PROMPTS) for one in (new, first)]
-    for trace in flown:
+    for trace in flown.traces():
         samples = [(trace, segment) for segment in range(len(trace.segments))]
         own, other = (
             score_samples(one.model.world_model, maker, text, samples, together=config.micro_samples)

@@ -11,10 +11,9 @@ from pathlib import Path
 
 from worldvln_edge.tasks import Task
 from worldvln_edge.training.grpo.grpo_config import GrpoConfig
-from worldvln_edge.training.grpo.held_out import HeldOutResult, read_result, write_result
-from worldvln_edge.training.grpo.rewards import WeightedRewards
+from worldvln_edge.training.grpo.held_out import HeldOutResult, judge_held_out, read_result, write_result
 from worldvln_edge.training.grpo.run_collections import Pilot
-from worldvln_edge.training.grpo.scored_collection import GrpoError, judge_flights
+from worldvln_edge.training.grpo.scored_collection import GrpoError
 from worldvln_edge.training.trainer.distributed import Ranks
 from worldvln_edge.training.trainer.training_checkpoint import Best
 
@@ -75,24 +74,13 @@ class Evaluations:
         return self._folder / f"step-{step:08d}.json"
 
     def _fly(self, step: int, should_stop: Callable[[], bool]) -> HeldOutResult | None:
-        folder, reward = self._folder / f"step-{step:08d}", self._config.reward
+        folder = self._folder / f"step-{step:08d}"
         flown = self._pilot.fly(
             self._tasks, folder, candidates=self._config.evaluation.rollouts, should_stop=should_stop
         )
         if flown is None:
             return None
-        flights = judge_flights(
-            list(flown.traces()),
-            {task.task_id: task for task in self._tasks},
-            WeightedRewards(reward.weights, reward.terms, step=self._step),
-            bonus=reward.success_bonus,
-        )
-        result = HeldOutResult(
-            flights=tuple(flights),
-            failed=len(flown.report.failed),
-            environment_steps=flown.report.environment_steps,
-            seconds=flown.report.seconds_now,
-        )
+        result = judge_held_out(flown.traces(), flown.report, self._tasks, self._config.reward, step=self._step)
         write_result(result, self._file(step))
         shutil.rmtree(folder)  # many flights, which nothing reads again
         return result

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from worldvln_edge.atomic import atomic_file
-from worldvln_edge.training.grpo.scored_collection import GrpoError, JudgedFlight
+from worldvln_edge.tasks import Task
+from worldvln_edge.training.grpo.collection import CollectionReport
+from worldvln_edge.training.grpo.rewards import RewardConfig, WeightedRewards
+from worldvln_edge.training.grpo.scored_collection import GrpoError, JudgedFlight, judge_flights
+from worldvln_edge.training.grpo.trace import FlightTrace
 
 
 class HeldOutResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,6 +49,31 @@ class PairedDifference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Over tasks, whose flights are averaged first; NaN for a single task."""
     tasks: int
     flights: int
+
+
+def judge_held_out(
+    traces: Iterable[FlightTrace], report: CollectionReport, tasks: Sequence[Task], config: RewardConfig, *, step: int
+) -> HeldOutResult:
+    """What flights of held-out tasks are worth.
+
+    Args:
+        traces: the flights, of which one at a time is needed.
+        report: of their collection.
+        tasks: that were flown.
+        config: rewards.
+        step: actions of a segment.
+
+    Raises:
+        GrpoError, RewardError, NotFiniteError: see `judge_flights`.
+    """
+    rewards = WeightedRewards(config.weights, config.terms, step=step)
+    flights = judge_flights(traces, {task.task_id: task for task in tasks}, rewards, bonus=config.success_bonus)
+    return HeldOutResult(
+        flights=tuple(flights),
+        failed=len(report.failed),
+        environment_steps=report.environment_steps,
+        seconds=report.seconds_now,
+    )
 
 
 def paired_difference(new: HeldOutResult, old: HeldOutResult, what: str = "reward") -> PairedDifference:

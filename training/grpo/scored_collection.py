@@ -8,7 +8,7 @@ Source: spec/training.md 5.9 items 3-6.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,12 +70,12 @@ class Judgement:
 
 
 def judge_flights(
-    traces: Sequence[FlightTrace], tasks: Mapping[str, Task], rewards: WeightedRewards, *, bonus: float
+    traces: Iterable[FlightTrace], tasks: Mapping[str, Task], rewards: WeightedRewards, *, bonus: float
 ) -> list[JudgedFlight]:
     """Rewards of flights, in order.
 
     Args:
-        traces: flights.
+        traces: flights, of which one at a time is needed.
         tasks: by id.
         rewards: of a segment.
         bonus: added to every segment of a flight that succeeds.

@@ -7,7 +7,7 @@ flight that was ended stands still (`early_stopping.py`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -37,16 +37,32 @@ class StoppingSaving(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     reward_difference: PairedDifference
 
 
+def rules_made_for(tasks: Iterable[Task], rules: Sequence[AnyRule]) -> tuple[AnyRule, ...]:
+    """Those of the rules that every one of the tasks has what they look at for."""
+
+    def is_made_for(rule: AnyRule, task: Task) -> bool:
+        try:
+            rule.check(task)
+        except ConfigError:
+            return False
+        return True
+
+    every = list(tasks)
+    return tuple(rule for rule in rules if all(is_made_for(rule, task) for task in every))
+
+
 def stopping_saving(
-    flights: Sequence[FlightTrace],
+    flights: Iterable[FlightTrace],
+    whole: HeldOutResult,
     tasks: Mapping[str, Task],
     rules: Sequence[AnyRule],
-    judge: Callable[[Sequence[FlightTrace]], HeldOutResult],
+    judge: Callable[[Iterable[FlightTrace]], HeldOutResult],
 ) -> StoppingSaving:
-    """Stop flights that were flown to their end, and judge both.
+    """Stop flights that were flown to their end, and compare what both are worth.
 
     Args:
-        flights: whole ones.
+        flights: whole ones, of which one at a time is needed.
+        whole: what they are worth.
         tasks: by id.
         rules: of early stopping.
         judge: what flights are worth.
@@ -55,15 +71,23 @@ def stopping_saving(
         ConfigError: a rule that looks at collisions, of whose moment a trace says nothing, or that a task is not made
             for.
     """
-    stopped = [stopped_flight(flight, tasks[flight.task_id], rules) for flight in flights]
-    before, after = judge(flights), judge(stopped)
-    whole = sum(flight.environment_steps for flight in flights)
+    flown = kept = stopped = 0
+
+    def ended() -> Iterator[FlightTrace]:
+        nonlocal flown, kept, stopped
+        for flight in flights:
+            found = stopped_flight(flight, tasks[flight.task_id], rules)
+            flown, kept = flown + flight.environment_steps, kept + found.environment_steps
+            stopped += found is not flight
+            yield found
+
+    result = judge(ended())
     return StoppingSaving(
         rules=tuple(rule.name for rule in rules),
-        stopped=sum(one is not other for one, other in zip(flights, stopped, strict=True)),
-        saved=1 - sum(flight.environment_steps for flight in stopped) / whole,
-        success_difference=paired_difference(after, before, "succeeded"),
-        reward_difference=paired_difference(after, before),
+        stopped=stopped,
+        saved=1 - kept / flown,
+        success_difference=paired_difference(result, whole, "succeeded"),
+        reward_difference=paired_difference(result, whole),
     )
 
 
