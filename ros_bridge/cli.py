@@ -218,7 +218,15 @@ def simulate_command(
 @_config
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the bag; must not exist yet.")
 @click.option("--without-images", is_flag=True, help="Leave the camera out.")
-def record_command(via: str, config_file: Path, out: Path, without_images: bool) -> None:
+@click.option(
+    "--max-bag-size",
+    type=click.IntRange(min=0),
+    metavar="BYTES",
+    default=0,
+    show_default=True,
+    help="Begin another file when one has reached it; 0: one file.",
+)
+def record_command(via: str, config_file: Path, out: Path, without_images: bool, max_bag_size: int) -> None:
     """Record the topics of the configuration as a rosbag2 folder (MCAP), until SIGINT or SIGTERM.
 
     A process of its own, beside `ros run`. With ROS 1 use `rosbag record`.
@@ -236,7 +244,7 @@ def record_command(via: str, config_file: Path, out: Path, without_images: bool)
     _log_to_stderr("record")
     wire = open_wire(via, config, name="worldvln_recorder")
     try:
-        bag = RosbagWriter(out)
+        bag = RosbagWriter(out, max_file_bytes=max_bag_size)
         recorder = TopicRecorder(wire, config.topics, to_cdr, bag, without_images=without_images)
         _stop_on_signals(recorder.stop)
         click.echo(f"recording to {out}", err=True)

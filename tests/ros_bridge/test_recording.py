@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from mcap.exceptions import EndOfFile
 from mcap.records import Message
 from mcap.stream_reader import StreamReader
+from mcap.writer import Writer
 from ros2_on_the_desk import forget_module
 from rosbags.highlevel import AnyReader
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
@@ -153,6 +154,28 @@ def test_what_was_written_a_second_ago_survives_a_cut(tmp_path):
     assert sum(isinstance(record, Message) for record in records) >= 3
 
 
+def test_a_bag_that_grows_is_split_and_the_files_that_were_full_are_whole(tmp_path):
+    bag, folder = RosbagWriter(tmp_path / "flight", max_file_bytes=1000), tmp_path / "flight"
+    words = [f"{index} " + "x" * 300 for index in range(9)]
+    for index, word in enumerate(words):
+        topic = "/b" if index == 8 else "/a"
+        bag.write(topic, "std_msgs/msg/String", cdr_encoder("dds")(dds.String(word)), (1 + index) * 1_000_000_000)
+    for number in (0, 1):
+        with AnyReader([folder / f"flight_{number}.mcap"]) as reader:
+            assert reader.message_count == 4
+    bag.close()
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "flight_0.mcap",
+        "flight_1.mcap",
+        "flight_2.mcap",
+        "metadata.yaml",
+    ]
+    with AnyReader([folder]) as reader:
+        assert [reader.deserialize(data, c.msgtype).data for c, _, data in reader.messages()] == words
+        assert (reader.start_time, reader.duration) == (1_000_000_000, 8_000_000_001)
+        assert {topic: info.msgcount for topic, info in reader.topics.items()} == {"/a": 8, "/b": 1}
+
+
 def test_a_recorder_writes_what_came_until_it_is_stopped_and_counts_what_it_drops(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(topic_recorder, "_SAY_S", 0.0)
     wire, bag = QuietWire(), RosbagWriter(tmp_path / "flight")
@@ -183,7 +206,7 @@ def test_folders_and_disks_that_cannot_be_written_are_named(tmp_path, monkeypatc
     def full(*_: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(bag._mcap, "add_message", full)
+    monkeypatch.setattr(Writer, "add_message", full)
     with pytest.raises(RosbagError, match=r"flight cannot be written \(No space left on device\); free some space"):
         bag.write("/a", "std_msgs/msg/String", b"", 1)
 
@@ -194,8 +217,8 @@ def test_a_disk_that_is_full_ends_the_recording_and_says_how_to_restore_it(tmp_p
     def full(*_: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(bag._mcap, "add_message", full)
-    monkeypatch.setattr(bag._mcap, "finish", full)
+    monkeypatch.setattr(Writer, "add_message", full)
+    monkeypatch.setattr(Writer, "finish", full)
     recorder = TopicRecorder(wire, TopicsConfig(), cdr_encoder("dds"), bag)
     wire.receive["/worldvln/instruction"][1](dds.String("fly"), "test")
     with pytest.raises(
@@ -228,6 +251,7 @@ def test_the_command_records_what_is_on_the_topics_until_it_is_told_to_stop(tmp_
     domain = {"domain_id": 1 + (os.getpid() + 50) % 200, "network_interface": "lo"}
     config.write_text(json.dumps({"limits": limits, "dds": domain}))
     arguments = ["ros", "record", "--via", "dds", "--config", str(config), "--out", str(tmp_path / "bag")]
+    arguments += ["--max-bag-size", "1"]
     wire = DdsWire(DdsConfig(**domain))
     with subprocess.Popen([sys.executable, "-m", "worldvln_edge", *arguments], stdout=subprocess.PIPE) as recorder:
         try:
@@ -244,6 +268,7 @@ def test_the_command_records_what_is_on_the_topics_until_it_is_told_to_stop(tmp_
             recorder.kill()
             wire.close()
     assert recorder.returncode == 0
+    assert len(list((tmp_path / "bag").glob("*.mcap"))) == 2
     assert said.decode() == f"{tmp_path / 'bag'}: 2 messages, 0 dropped\n"
     with AnyReader([tmp_path / "bag"]) as reader:
         assert [reader.deserialize(data, c.msgtype).data for c, _, data in reader.messages()] == ["first", "second"]
