@@ -13,8 +13,10 @@ from grpo_program import MODEL, NoiseFlier, random_policy, tasks
 from small_models import STATS, WORDS
 
 from worldvln_edge.models.worldvln import save_checkpoint
+from worldvln_edge.runtime.bench.report_table import render
 from worldvln_edge.tasks import Task, write_task_list
-from worldvln_edge.training.grpo.compare import compare_checkpoints, comparison_table
+from worldvln_edge.training.grpo.compare import compare_checkpoints
+from worldvln_edge.training.grpo.comparison import comparison_parts, read_comparison, write_comparison
 from worldvln_edge.training.grpo.grpo_config import EvaluationConfig, GrpoConfig
 from worldvln_edge.training.grpo.grpo_setup import read_held_out_tasks, read_tasks
 from worldvln_edge.training.grpo.rewards import RewardConfig
@@ -60,7 +62,8 @@ def compare(
 
 def test_checkpoints_are_compared_on_the_same_flights_and_a_comparison_goes_on(checkpoints: list[Path], tmp_path: Path):
     said: list[str] = []
-    first, same, other = compare(checkpoints, tmp_path, said)
+    found = compare(checkpoints, tmp_path, said)
+    first, same, other = found.policies
     assert first.reward_difference is first.k3 is first.clipped is None
     assert same.reward_difference is not None
     assert (same.reward_difference.mean, same.reward_difference.standard_error, same.k3) == (0, 0, 0)
@@ -73,15 +76,39 @@ def test_checkpoints_are_compared_on_the_same_flights_and_a_comparison_goes_on(c
     assert (other.clipped, other.environment_steps) == (0.25, 960.0)
     flown = len(said)
     assert flown == 12  # two policies are the same, and so are their flights
-    assert compare(checkpoints, tmp_path, said) == [first, same, other]
+    assert compare(checkpoints, tmp_path, said) == found
     assert len(said) == flown
-    lines = comparison_table([first, same, other]).splitlines()
-    assert len({line.index(str(path)) for line, path in zip(lines[1:4], checkpoints, strict=True)}) == 1
-    assert lines[1].split()[1] == "-"
-    assert f"{other.reward_difference.mean:+.4f}" in lines[3]
+    write_comparison(found, tmp_path)
+    assert read_comparison(tmp_path) == found
+    said_of, table, *savings = comparison_parts(found)
+    assert said_of.startswith(
+        f"3 tasks, 2 flights each, with the same seeds for every checkpoint; differences to {first.checkpoint}"
+    )
+    assert [row[0] for row in table.rows] == [str(path) for path in checkpoints]
+    assert table.rows[0][3:6] == ("-", f"{first.success:.1%}", "-")
+    assert table.rows[2][3].startswith(f"{other.reward_difference.mean:+.4f} ± 0.")
+    assert table.rows[2][6:] == (f"{other.k3:.4f}", "0.250", "960")
     assert first.stopping is not None
-    assert lines[4].startswith(f"early stopping (budget, stall) would save {first.stopping.saved:.1%} of the ")
-    assert f"{first.stopping.stopped} of 6 flights, success {first.stopping.success_difference.mean:+.4f}" in lines[4]
+    assert savings[0].startswith(f"Early stopping (budget, stall) would save {first.stopping.saved:.1%} of the ")
+    assert (
+        f"{first.stopping.stopped} of 6 flights, success {100 * first.stopping.success_difference.mean:+.1f}"
+        in savings[0]
+    )
+
+
+def test_a_single_task_has_no_standard_error(checkpoints, tmp_path):
+    found = compare(checkpoints[::2], tmp_path, [], HELD_OUT[:1])
+    write_comparison(found, tmp_path)
+    table = comparison_parts(read_comparison(tmp_path))[1]
+    assert table.rows[1][3].endswith(" ± -")
+
+
+def test_a_folder_without_a_comparison_is_named(tmp_path):
+    with pytest.raises(GrpoError, match=r"comparison.json: No such file.*; give the --work folder of"):
+        read_comparison(tmp_path)
+    (tmp_path / "comparison.json").write_text("[]")
+    with pytest.raises(GrpoError, match=r"comparison.json: no comparison"):
+        read_comparison(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -96,8 +123,8 @@ def test_early_stopping_is_said_of_the_rules_that_every_task_is_made_for(checkpo
     first_task, *others = HELD_OUT
     config = msgspec.structs.replace(CONFIG, reward=RewardConfig(weights={"collision": 1.0}))
     compared = compare(checkpoints[:2], tmp_path, [], [msgspec.structs.replace(first_task, **missing), *others], config)
-    assert [one.stopping and one.stopping.rules for one in compared] == [rules, rules]
-    assert ("early stopping" in comparison_table(compared)) == (rules is not None)
+    assert [one.stopping and one.stopping.rules for one in compared.policies] == [rules, rules]
+    assert ("Early stopping" in render(comparison_parts(compared))) == (rules is not None)
 
 
 def test_one_checkpoint_or_two_presets_cannot_be_compared(checkpoints: list[Path], tmp_path: Path):

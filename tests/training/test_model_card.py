@@ -14,6 +14,8 @@ from worldvln_edge.tasks import SuccessRule
 from worldvln_edge.training.evaluation.acceptance import acceptance_lines, verdicts
 from worldvln_edge.training.evaluation.acceptance_run import AcceptanceRecord, CheckpointRecord
 from worldvln_edge.training.evaluation.model_card import SECTIONS, fill_cards
+from worldvln_edge.training.grpo.comparison import ComparedPolicy, Comparison, write_comparison
+from worldvln_edge.training.grpo.held_out import PairedDifference
 
 CARD = """# A model
 
@@ -67,6 +69,34 @@ def write_checkpoint(folder):
     return folder
 
 
+def write_flown_comparison(folder):
+    sft = ComparedPolicy(
+        checkpoint="runs/nano",
+        flights=32,
+        failed=0,
+        reward=0.9,
+        success=0.5,
+        reward_difference=None,
+        success_difference=None,
+        k3=None,
+        clipped=None,
+        environment_steps=None,
+        stopping=None,
+    )
+    better = PairedDifference(mean=0.05, standard_error=0.01, tasks=2, flights=32)
+    grpo = msgspec.structs.replace(
+        sft,
+        checkpoint="runs/grpo",
+        reward_difference=better,
+        success_difference=better,
+        k3=0.02,
+        clipped=0.1,
+        environment_steps=61440.0,
+    )
+    write_comparison(Comparison(tasks=2, rollouts=16, policies=(sft, grpo)), folder)
+    return folder
+
+
 def invoke(*arguments):
     return CliRunner().invoke(main, ["eval", "card", *(str(argument) for argument in arguments)])
 
@@ -107,11 +137,12 @@ def test_the_command_says_what_was_not_as_usual(card, tmp_path):
     assert "--count 4 --split validation --first 9 --seed 2 --profile fast` prints:" in card.read_text()
 
 
-def test_a_card_holds_training_acceptance_and_the_chain(tmp_path):
+def test_a_card_holds_training_acceptance_the_chain_and_grpo(tmp_path):
     path = tmp_path / "card.md"
-    names = ("training", "acceptance", "stages")
+    names = ("training", "acceptance", "stages", "grpo")
     path.write_text("\n".join(f"<!-- card: {name} -->\n<!-- /card: {name} -->" for name in names))
     options = ("--acceptance", write_acceptance(tmp_path / "a"), "--checkpoint", write_checkpoint(tmp_path / "c"))
+    options += ("--comparison", write_flown_comparison(tmp_path / "compared"))
     assert invoke(path, *options).exit_code == 0
     text = path.read_text()
     assert "5120 flights, seed 3, 40 minutes of training:" in text
@@ -120,6 +151,8 @@ def test_a_card_holds_training_acceptance_and_the_chain(tmp_path):
     assert "| action: NMSE x | < 0.6 | 0.100 | yes |" in text
     assert "Accepted: 13 of 13 lines hold." in text
     assert "| true latents | 0.200 |" in text
+    assert "2 tasks, 16 flights each, with the same seeds for every checkpoint; differences to runs/nano" in text
+    assert "| runs/grpo | 32 | 0.9000 | +0.0500 ± 0.0100 | 50.0% | +5.0 ± 1.0 | 0.0200 | 0.100 | 61440 |" in text
 
 
 def test_nothing_is_written_unless_every_file_can_be_filled(card, tmp_path):
@@ -153,6 +186,7 @@ def test_sources_that_hold_nothing_are_named(card, tmp_path):
     empty.mkdir()
     assert "eval.json: No such file or directory; run `worldvln-edge eval` again" in refused(card, "--eval", empty)
     assert "run `worldvln-edge eval acceptance` first" in refused(card, "--acceptance", empty)
+    assert "give the --work folder of `train grpo-compare`" in refused(card, "--comparison", empty)
     assert "run.json: No such file" in refused(card, "--checkpoint", empty)
     assert "README.md.none: cannot be read" in refused(f"{card}.none", "--eval", write_evaluation(tmp_path / "eval"))
     (empty / "eval.json").write_text('{"policy": "p", "open_loop": {}}')

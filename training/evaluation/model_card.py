@@ -11,6 +11,7 @@
 | kinds | eval.json | success by kind of instruction |
 | acceptance | acceptance.json | the acceptance list |
 | stages | acceptance.json | which stage limits, of the first checkpoint |
+| grpo | comparison.json | rewards and success before GRPO and after it |
 | training | the checkpoint's run.json and loss_curve.jsonl | steps, rows, minutes and losses of every stage |
 
 A section depends on its file alone, so that the same evaluation gives the same text.
@@ -38,6 +39,7 @@ SECTIONS: Mapping[str, str] = {
     "kinds": "--eval",
     "acceptance": "--acceptance",
     "stages": "--acceptance",
+    "grpo": "--comparison",
     "training": "--checkpoint",
 }
 """Name of a section -> the option that names its source."""
@@ -110,6 +112,14 @@ def acceptance_sections(folder: Path) -> dict[str, str]:
             ],
         }
     )
+
+
+def comparison_sections(folder: Path) -> dict[str, str]:
+    """Markdown of the section that a comparison gives. Raises GrpoError: there is none in the folder."""
+    # Imported here: see above.
+    from worldvln_edge.training.grpo.comparison import comparison_parts, read_comparison
+
+    return _markdown({"grpo": comparison_parts(read_comparison(folder))})
 
 
 def training_sections(checkpoint: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Checkpoints on the same held-out tasks and seeds: the table that says whether GRPO was worth it.
+"""Flies checkpoints on the same held-out tasks and seeds, which says whether GRPO was worth it.
 
 Every checkpoint flies every task as often, guidance 1 and temperature 1, as in training. What is flown is kept flight
 by flight in the work folder, so a comparison that was broken off goes on.
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,10 +21,11 @@ from worldvln_edge.models.worldvln import Checkpoint
 from worldvln_edge.runtime.worldvln.tokenizer import PromptTokenizer
 from worldvln_edge.tasks import Task
 from worldvln_edge.training.grpo.collection import Collection, CollectionConfig
+from worldvln_edge.training.grpo.comparison import ComparedPolicy, Comparison
 from worldvln_edge.training.grpo.early_stopping import early_stopping_rules
 from worldvln_edge.training.grpo.fly_collection import collect
 from worldvln_edge.training.grpo.grpo_config import GrpoConfig
-from worldvln_edge.training.grpo.held_out import HeldOutResult, PairedDifference, judge_held_out, paired_difference
+from worldvln_edge.training.grpo.held_out import HeldOutResult, judge_held_out, paired_difference
 from worldvln_edge.training.grpo.objective import ObjectiveConfig, sample_losses
 from worldvln_edge.training.grpo.policy_batch import PolicyBatchMaker
 from worldvln_edge.training.grpo.rollout_policy import RolloutPolicy
@@ -33,35 +33,11 @@ from worldvln_edge.training.grpo.run_collections import MakeFlier
 from worldvln_edge.training.grpo.run_table import TABLE_FILE
 from worldvln_edge.training.grpo.scored_collection import GrpoError, padded
 from worldvln_edge.training.grpo.scoring import score_samples
-from worldvln_edge.training.grpo.stopping_saving import StoppingSaving, rules_made_for, stopping_saving
+from worldvln_edge.training.grpo.stopping_saving import rules_made_for, stopping_saving
 from worldvln_edge.training.stages.backbone_network import FrozenTextFeatures
 from worldvln_edge.training.trainer.loss_log import read_curve
 
 _KEPT_PROMPTS = 1024
-
-
-class ComparedPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One checkpoint in the table; differences are to the first one."""
-
-    checkpoint: str
-    flights: int
-    failed: int
-    reward: float
-    success: float
-    reward_difference: PairedDifference | None
-    """None: it is the first one."""
-    success_difference: PairedDifference | None
-    k3: float | None
-    """Mean over the bits that this policy drew, from the first one: how far it has moved."""
-    clipped: float | None
-    """Of the last pass of its training; None: the checkpoint has no GRPO table."""
-    environment_steps: float | None
-    """That its training flew; None alike."""
-    stopping: StoppingSaving | None
-    """What early stopping would have saved, by the rules that all tasks are made for.
-
-    None: they are made for none, or the flights were flown with rules of the recipe.
-    """
 
 
 def compare_checkpoints(
@@ -74,7 +50,7 @@ def compare_checkpoints(
     device: torch.device,
     trust_pickle: bool = False,
     show: Callable[[str], None] = lambda line: None,
-) -> list[ComparedPolicy]:
+) -> Comparison:
     """Fly and compare.
 
     Args:
@@ -132,44 +108,7 @@ def compare_checkpoints(
                 else None,
             )
         )
-    return found
-
-
-def comparison_table(policies: Sequence[ComparedPolicy]) -> str:
-    """The comparison as text."""
-    lines = [
-        f"{'reward':>8} {'minus first':>12} {'+- SE':>8} {'success':>8} {'minus first':>12} {'+- SE':>8} {'k3':>9} "
-        f"{'clipped':>8} {'env steps':>10} {'flights':>8}  checkpoint"
-    ]
-    for one in policies:
-        lines.append(
-            f"{one.reward:>8.4f} {_difference(one.reward_difference)} "
-            f"{one.success:>8.4f} {_difference(one.success_difference)} "
-            f"{_number(one.k3, '.5f'):>9} {_number(one.clipped, '.3f'):>8} "
-            f"{_number(one.environment_steps, '.0f'):>10} {one.flights:>8}  {one.checkpoint}"
-        )
-    for one in policies:
-        if one.stopping is not None:
-            saving = one.stopping
-            lines.append(
-                f"early stopping ({', '.join(saving.rules)}) would save {saving.saved:.1%} of the environment steps of "
-                f"{one.checkpoint}: it ends {saving.stopped} of {one.flights} flights, "
-                f"success {_plus_minus(saving.success_difference)}, reward {_plus_minus(saving.reward_difference)}"
-            )
-    return "\n".join(lines)
-
-
-def _plus_minus(found: PairedDifference) -> str:
-    return f"{found.mean:+.4f} +- {_number(found.standard_error, '.4f')}"
-
-
-def _difference(found: PairedDifference | None) -> str:
-    mean, error = (None, None) if found is None else (found.mean, found.standard_error)
-    return f"{_number(mean, '+.4f'):>12} {_number(error, '.4f'):>8}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None or not math.isfinite(value) else format(value, form)
+    return Comparison(tasks=len(tasks), rollouts=config.evaluation.rollouts, policies=tuple(found))
 
 
 def _tokenizer(loaded: Checkpoint) -> PromptTokenizer:

@@ -146,7 +146,10 @@ def grpo_command(
 @click.option("--count", type=click.IntRange(min=1), default=200, show_default=True, help="Tasks.")
 @click.option("--rollouts", type=click.IntRange(min=1), default=16, show_default=True, help="Flights of a task.")
 @click.option(
-    "--work", type=_FOLDER, required=True, help="Flights; a comparison that was broken off goes on from here."
+    "--work",
+    type=_FOLDER,
+    required=True,
+    help="Flights and comparison.json; a broken one goes on from here.",
 )
 @_flying_options
 @json_option("Print the comparison as JSON.")
@@ -176,7 +179,9 @@ def compare_command(
     import torch
 
     from worldvln_edge.models.checkpoint_source import open_any
-    from worldvln_edge.training.grpo.compare import compare_checkpoints, comparison_table
+    from worldvln_edge.runtime.bench.report_table import render
+    from worldvln_edge.training.grpo.compare import compare_checkpoints
+    from worldvln_edge.training.grpo.comparison import comparison_parts, write_comparison
     from worldvln_edge.training.grpo.grpo_setup import read_held_out_tasks
     from worldvln_edge.training.trainer.distributed import find_device
 
@@ -187,7 +192,7 @@ def compare_command(
     config = _read_recipe(name, config_file, overrides, None).tables["grpo"]
     tasks = read_held_out_tasks(tasks_path, count)
     with _fliers(flying, config, flies=True) as make_flier:
-        policies = compare_checkpoints(
+        found = compare_checkpoints(
             checkpoints,
             tasks,
             config,
@@ -197,7 +202,8 @@ def compare_command(
             trust_pickle=trust_pickle,
             show=_say,
         )
-    click.echo(msgspec.json.encode(policies).decode() if as_json else comparison_table(policies))
+    write_comparison(found, work)
+    click.echo(msgspec.json.encode(found).decode() if as_json else render(comparison_parts(found)))
 
 
 def _say(line: str) -> None:

@@ -215,7 +215,8 @@ class GrpoRun:
         found = {HELD_OUT + "reward": result.reward, HELD_OUT + "success": result.success}
         if collection:
             difference = paired_difference(result, self._evaluations.of_start())
-            found |= {HELD_OUT + "difference": difference.mean, HELD_OUT + "error": difference.standard_error}
+            found[HELD_OUT + "difference"] = difference.mean
+            found[HELD_OUT + "error"] = math.nan if difference.standard_error is None else difference.standard_error
         sft = self._learner.run.validate()
         return found | {f"{HELD_OUT}sft_{name}": sft[name] for name in _SFT_METRICS if name in sft}
 

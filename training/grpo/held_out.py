@@ -45,8 +45,8 @@ class PairedDifference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """One policy minus another, over flights that both flew: same task, same seed."""
 
     mean: float
-    standard_error: float
-    """Over tasks, whose flights are averaged first; NaN for a single task."""
+    standard_error: float | None
+    """Over tasks, whose flights are averaged first; None for a single task."""
     tasks: int
     flights: int
 
@@ -91,7 +91,7 @@ def paired_difference(new: HeldOutResult, old: HeldOutResult, what: str = "rewar
     if not by_task:
         raise GrpoError("two evaluations have no flight of the same task and seed; evaluate them on the same tasks")
     means = np.array([np.mean(values) for values in by_task.values()])
-    error = float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else math.nan
+    error = float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
     return PairedDifference(
         mean=float(means.mean()),
         standard_error=error,
