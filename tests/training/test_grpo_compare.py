@@ -155,6 +155,7 @@ def test_what_cannot_begin_is_said_before_anything_flies(checkpoints: list[Path]
     assert "unknown key grpo.candidate; did you mean candidates" in said(*out, "--set", "grpo.candidate=4")
     assert "grpo.candidates must be >= 2, found 1" in said(*out, "--set", "grpo.candidates=1")
     assert "no reward 'speed'; known are action" in said(*out, "--set", "grpo.reward.weights.speed=1")
+    assert "grpo.policy_scales must be 1.." in said(*out, "--set", "grpo.policy_scales=9", "--set", "grpo.anchor=0")
     assert "aux is of the published objective only" in said(*out, "--set", "grpo.objective.aux=0.1")
     assert not (tmp_path / "work").exists()
 

@@ -152,7 +152,7 @@ def generator_of(policy: RolloutPolicy, instructions) -> ClipGenerator:
 
 
 @pytest.mark.parametrize("repetitions", ["last", "all"])
-@pytest.mark.parametrize("policy_scales", ["semantic", "all"])
+@pytest.mark.parametrize("policy_scales", ["semantic", "all", 1])
 def test_bits_that_are_given_score_as_when_they_were_drawn(policy_scales, repetitions):
     config = tiny_config(repetitions=2)
     policy = policy_of(config, policy_scales=policy_scales, repetitions=repetitions)
@@ -166,6 +166,25 @@ def test_bits_that_are_given_score_as_when_they_were_drawn(policy_scales, repeti
     assert all(torch.equal(a, b) for a, b in zip(drawn.log_probs, given.log_probs, strict=True))
     assert torch.equal(drawn.codes_BcTHW, given.codes_BcTHW)
     assert all(bool((one <= 0).all()) for one in drawn.log_probs)
+
+
+def test_a_number_of_scales_draws_the_coarsest(policy):
+    latents = torch.randn(
+        4, policy.config.world_model.latent_channels, 1, 2, 3, generator=torch.Generator().manual_seed(0)
+    )
+    generator = generator_of(policy_of(policy_scales=1), INSTRUCTIONS[:4])
+    generator.observe(0, latents)
+    drawn = generator.generate(1, SEEDS[:4])
+    first, *others = drawn.log_probs
+    assert bool((first < 0).all())
+    assert all(log_probs.numel() == 0 for log_probs in others)
+    assert sum(step.is_semantic for step in rollout_steps(policy.schedule.clips[1], "last")) > 1
+
+
+@pytest.mark.parametrize("scales", [0, 99])
+def test_scales_that_a_clip_does_not_have_are_refused(scales):
+    with pytest.raises(ConfigError, match=rf"grpo.policy_scales must be 1..\d for tiny, found {scales}"):
+        policy_of(policy_scales=scales)
 
 
 def test_draws_follow_their_probabilities(policy):

@@ -42,7 +42,7 @@ def _samples(traces):
 
 @pytest.mark.parametrize("context", [1, 0], ids=["frame pack", "all earlier scales"])
 @pytest.mark.parametrize("repetitions", ["last", "all"])
-@pytest.mark.parametrize("policy_scales", ["semantic", "all"])
+@pytest.mark.parametrize("policy_scales", ["semantic", "all", 1])
 def test_scores_of_flown_bits_are_those_of_the_flight(context: int, repetitions, policy_scales):
     config = tiny_config(context_from_largest_no=context)
     model = random_model(config)

@@ -55,7 +55,7 @@ class GrpoConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     rows: int = 32
     """Flights that fly together."""
     policy_scales: PolicyScales = "semantic"
-    """Scales whose bits are drawn and learnt; of the others the likelier bits are taken."""
+    """Scales whose bits are drawn and learnt; of the others the likelier bits are taken. 2: the two coarsest."""
     repetitions: Repetitions = "last"
     reward: RewardConfig = RewardConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

@@ -17,6 +17,7 @@ from worldvln_edge.tasks import Task, read_task_list
 from worldvln_edge.training.grpo.grpo_config import GrpoConfig
 from worldvln_edge.training.grpo.grpo_run import GrpoResult, GrpoRun
 from worldvln_edge.training.grpo.learner import AnchorFlights, Learner
+from worldvln_edge.training.grpo.policy_steps import check_policy_scales
 from worldvln_edge.training.grpo.run_collections import MakeFlier
 from worldvln_edge.training.grpo.run_table import TABLE_FILE
 from worldvln_edge.training.grpo.scored_collection import GrpoError
@@ -162,7 +163,9 @@ def check_start(start: Start, config: GrpoConfig, out: Path, *, has_flights: boo
 
     Raises:
         GrpoError: no checkpoint, no flights for the SFT loss, or an output over what the run begins with.
+        ConfigError: policy scales that the model does not have.
     """
+    check_policy_scales(start.config, config.policy_scales)
     if start.source is None:
         raise GrpoError("GRPO begins with a trained policy: give --checkpoint")
     lost = next((path for path in start.paths() if path.resolve().is_relative_to(out.resolve())), None)

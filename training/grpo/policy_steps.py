@@ -1,7 +1,7 @@
 """Which steps of the world model are the policy: what is run for a generated clip, what is drawn, and what is scored.
 
-A bit is drawn if and only if it is scored. With `semantic` scales each detail bit is the likelier one, a deterministic
-part of the environment, so the gradient of what is scored is the gradient of the return.
+A bit is drawn if and only if it is scored. Of the other scales each bit is the likelier one, a deterministic part of
+the environment, so the gradient of what is scored is the gradient of the return.
 Source: spec/training.md 5.4 (repetitions), 5.9 items 1 and 2.
 """
 
@@ -12,8 +12,8 @@ from typing import Literal
 from worldvln_edge.config import ConfigError, ModelConfig
 from worldvln_edge.scale_schedule import Clip, ScaleSchedule, ScaleStep
 
-PolicyScales = Literal["semantic", "all"]
-"""Scales whose bits are drawn and scored."""
+PolicyScales = Literal["semantic", "all"] | int
+"""Scales whose bits are drawn and scored; a number: so many of the first, the coarsest."""
 Repetitions = Literal["last", "all"]
 """`last`: a generated scale is run once, at the position of its last repetition. `all`: as often as it is served; every
 repetition is drawn and scored with the state that produced it."""
@@ -31,7 +31,16 @@ def rollout_steps(clip: Clip, repetitions: Repetitions) -> tuple[ScaleStep, ...]
 
 def is_policy_step(step: ScaleStep, policy_scales: PolicyScales) -> bool:
     """Whether the bits of a step are drawn and scored; else the likelier ones are taken."""
+    if isinstance(policy_scales, int):
+        return step.scale < policy_scales
     return policy_scales == "all" or step.is_semantic
+
+
+def check_policy_scales(config: ModelConfig, policy_scales: PolicyScales) -> None:
+    """Raise ConfigError for more scales than a clip has, or none."""
+    scales = config.schedule.scales_per_clip
+    if isinstance(policy_scales, int) and not 1 <= policy_scales <= scales:
+        raise ConfigError(f"grpo.policy_scales must be 1..{scales} for {config.name}, found {policy_scales}")
 
 
 def flight_schedule(config: ModelConfig) -> ScaleSchedule:

@@ -30,7 +30,7 @@ from worldvln_edge.models.worldvln import WorldVLN
 from worldvln_edge.prompts import tagged_prompt
 from worldvln_edge.runtime.worldvln.tokenizer import PromptTokenizer
 from worldvln_edge.training.grpo.clip_generation import ClipGenerator, PromptKV
-from worldvln_edge.training.grpo.policy_steps import PolicyScales, Repetitions, flight_schedule
+from worldvln_edge.training.grpo.policy_steps import PolicyScales, Repetitions, check_policy_scales, flight_schedule
 from worldvln_edge.training.stages.decoder_features import weights_digest
 from worldvln_edge.training.stages.vae import frames_to_video
 
@@ -62,7 +62,7 @@ class RolloutPolicy:
         rows: flights that go through the networks together, always that many: missing ones are blank.
 
     Raises:
-        ConfigError: a segment of this model is not one clip.
+        ConfigError: a segment of this model is not one clip, or it has not so many scales.
         ValueError: `rows` below 1.
     """
 
@@ -78,6 +78,7 @@ class RolloutPolicy:
     ):
         if rows < 1:
             raise ValueError(f"rows must be >= 1, found {rows}")
+        check_policy_scales(model.config, policy_scales)
         self.model, self.config, self.rows = model, model.config, rows
         self.policy_scales: PolicyScales = policy_scales
         self.repetitions: Repetitions = repetitions
