@@ -135,7 +135,7 @@ class DashboardDoor:
 
     async def _predicted(self, request: Request) -> Response:
         try:
-            frames = await self._manager.predicted_frames(self._peer(request), request.path_params["uid"])
+            frames = await self._manager.operator.predicted_frames(self._peer(request), request.path_params["uid"])
         except ProtocolError as error:
             return error_response(error)
         if frames is None:
@@ -154,7 +154,7 @@ class DashboardDoor:
                 raise ProtocolError("bad_request", f"not a command: {error}") from None
             if command.prompt is not None:
                 self._check_prompt(command.prompt)
-            self._manager.steer(peer, request.path_params["uid"], prompt=command.prompt, hold=command.hold)
+            self._manager.operator.steer(peer, request.path_params["uid"], prompt=command.prompt, hold=command.hold)
         except ProtocolError as error:
             return error_response(error)
         return Response(status_code=204)

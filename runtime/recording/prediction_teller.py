@@ -51,7 +51,7 @@ class PredictionTeller:
 
     async def _tell(self, event: SegmentEmitted, ticket: Ticket) -> None:
         try:
-            frames = await self._manager.predicted_frames(self._peers[event.uid], event.uid, ticket=ticket)
+            frames = await self._manager.operator.predicted_frames(self._peers[event.uid], event.uid, ticket=ticket)
         except ProtocolError:  # cancelled, or ended; a fault was logged where it happened
             return
         # What was decoded behind the next segment would be that one's.

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from functools import partial
 
 import msgspec
-import numpy as np
 
 from worldvln_edge.protocol import UNSET, Actions, Bye, Limits, Observe, ProtocolError, SessionState, Start
 from worldvln_edge.runtime.sessions.admission import Admission
@@ -31,8 +28,8 @@ from worldvln_edge.runtime.sessions.live_session import LiveSession, SessionKey
 from worldvln_edge.runtime.sessions.memory_budget import plan_budget
 from worldvln_edge.runtime.sessions.meter import Meter, NoMeter
 from worldvln_edge.runtime.sessions.observation import ObservationRunner
+from worldvln_edge.runtime.sessions.operator_desk import OperatorDesk
 from worldvln_edge.runtime.sessions.policy import Policy
-from worldvln_edge.runtime.sessions.policy_calls import on_device
 from worldvln_edge.runtime.sessions.request_rate import RequestRate
 from worldvln_edge.runtime.sessions.session_events import (
     RequestAnswered,
@@ -132,6 +129,8 @@ class SessionManager:
         )
         self._calls = ImplicitCallRunner(policy.info.horizon, self._observations)
         self._ahead = AheadWorker(self._device, self._table)
+        self.operator = OperatorDesk(self._table, self._ahead, self._device)
+        """For who watches the flights."""
 
     @property
     def is_ready(self) -> bool:
@@ -202,41 +201,6 @@ class SessionManager:
         if request.max_horizons is not None and request.max_horizons > most:
             raise ProtocolError("invalid_field", f"max_horizons must be 1..{most}, found {request.max_horizons}")
         return request.max_horizons or most
-
-    def steer(self, peer: str, uid: str, *, prompt: str | None = None, hold: bool | None = None) -> None:
-        """An operator's word for the segments still to come of a session; None leaves things as they are.
-
-        Args:
-            peer: as for `start`.
-            uid: of the session, from its events.
-            prompt: instruction; stays until the client says one that it did not say before.
-            hold: True answers every segment as a standstill, False flies again.
-
-        Raises:
-            ProtocolError: `unknown_session`.
-        """
-        session = self._table.of_uid(peer, uid)
-        self._ahead.stop(session.key)
-        session.steer(prompt=prompt, hold=hold)
-
-    async def predicted_frames(self, peer: str, uid: str, *, ticket: Ticket | None = None) -> np.ndarray | None:
-        """What the policy expects to see in a session's last segment, once nobody else wants the device.
-
-        Returns:
-            uint8 RGB [F, H, W, 3]; None where it cannot say.
-
-        Raises:
-            ProtocolError: `unknown_session`, `cancelled`, `internal`.
-        """
-        ticket = ticket or Ticket()
-        while True:
-            ask = self._table.of_uid(peer, uid).policy_session.predicted_frames
-            work = partial(ask, lambda: ticket.is_cancelled or self._device.is_wanted)
-            try:
-                return await on_device(self._device, work, ticket=ticket, priority=math.inf)
-            except ProtocolError as error:
-                if error.code != "cancelled" or ticket.is_cancelled:
-                    raise
 
     async def call(
         self, peer: str, call: ImplicitCall, *, ticket: Ticket | None = None, arrived_s: float | None = None

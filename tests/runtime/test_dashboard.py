@@ -244,10 +244,10 @@ def test_instruction_that_comes_during_a_segment_holds_from_the_next_one_on_and_
             manager.observe("", Observe(id=2, session="a", first=1, frames=[bytes(192)], **raw))
         )
         await asyncio.to_thread(begun.wait, 60)
-        manager.steer("", uid, prompt="second", hold=True)
+        manager.operator.steer("", uid, prompt="second", hold=True)
         goes_on.set()
         first = await asking
-        manager.steer("", uid, hold=False)
+        manager.operator.steer("", uid, hold=False)
         later = await manager.observe("", Observe(id=3, session="a", first=2, frames=[bytes(192)] * 16, **raw))
         manager.close()
         return [None if answer.hold is UNSET else answer.hold for answer in (first, later)]
