@@ -72,6 +72,26 @@ def test_a_score_does_not_depend_on_what_shares_the_pass(model, text, traces):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("context", "repetitions", "policy_scales", "sequences"),
+    [
+        (1, "last", 1, 1),
+        (1, "last", "semantic", 2),  # the third segment sees the middle scale of the clip that the first one draws
+        (1, "last", "all", 3),  # every segment sees the finest scale of the clip that the one before draws
+        (1, "all", 1, 2),  # the earlier repetitions of all segments, and the last ones
+        (0, "last", "semantic", 3),  # every later scale would see what was drawn
+    ],
+)
+def test_segments_of_a_flight_share_a_sequence_where_they_do_not_see_each_other(
+    context: int, repetitions, policy_scales, sequences: int
+):
+    config = tiny_config(context_from_largest_no=context)
+    model = random_model(config)
+    flown = fly(model, TOKENIZER, policy_scales=policy_scales, repetitions=repetitions)
+    batch = PolicyBatchMaker(config, TOKENIZER).make(_samples(flown))
+    assert len(batch.prompts) == sequences * len(flown)
+
+
 def test_scores_follow_bits_text_and_what_was_seen(model, text, traces):
     maker = PolicyBatchMaker(CONFIG, TOKENIZER)
     trace = traces[0]

@@ -18,7 +18,7 @@ from worldvln_edge.models.world_model import WorldModel
 from worldvln_edge.runtime.worldvln.tokenizer import PromptTokenizer
 from worldvln_edge.training.grpo.grpo_config import GrpoConfig
 from worldvln_edge.training.grpo.objective import sample_losses
-from worldvln_edge.training.grpo.policy_batch import PolicyBatch, PolicyBatchMaker
+from worldvln_edge.training.grpo.policy_batch import PolicyBatch, PolicyBatchMaker, flight_by_flight
 from worldvln_edge.training.grpo.scored_collection import ScoredCollection
 from worldvln_edge.training.grpo.scoring import TextFeatures, bit_log_probs
 from worldvln_edge.training.stages.backbone_batch import BackboneBatch
@@ -90,9 +90,10 @@ class GrpoStage:
         return self._collection
 
     def plan(self, epoch: int) -> list[list[list[int]]]:
-        """See `Stage.plan`: every sample once; each step ends with the micro-batches of one SFT step."""
+        """See `Stage.plan`: every sample once, flight by flight; each step ends with micro-batches of one SFT step."""
         config = self.config
-        order = epoch_order(self._seed, epoch, len(self.collection.samples))
+        flights = flight_by_flight(self.collection.samples)
+        order = [row for flight in epoch_order(self._seed, epoch, len(flights)) for row in flights[flight]]
         steps = split_steps(order, step_rows=config.step_samples, micro_rows=config.micro_samples)
         if self._anchor is not None:
             anchors = self._anchor.plan(epoch)

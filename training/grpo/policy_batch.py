@@ -1,8 +1,9 @@
-"""Flown segments laid out for one teacher-forced pass: a masked sequence per segment, with the bits to be scored.
+"""Flown segments laid out for one teacher-forced pass: masked sequences, with the bits to be scored.
 
-Every scored step of a clip is a document of the sequence: it sees the observed clips before it, as they were encoded in
-flight, and the text. A step that is repeated with a state of its own gets a sequence of its own, because other scales
-see the last repetition of it only.
+Every scored step of a clip is a document of a sequence: it sees the observed clips before it, as they were encoded in
+flight, and the text. Segments of one flight share a sequence where none of them could see what another one generated:
+what was observed and the text are then looked at once. A step that is repeated with a state of its own gets a sequence
+of its own, because other scales see the last repetition of it only.
 
 Legend: B samples (a segment of a flight each), N most bits of a sample, R sequences, V most visual tokens of one,
 M tokens of one head, d bits of a token, C latent channels.
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from worldvln_edge.config import ModelConfig
-from worldvln_edge.models.attention_mask import RowLayout, SequenceMask, lay_out
+from worldvln_edge.models.attention_mask import RowLayout, ScaleKey, SequenceMask, lay_out
 from worldvln_edge.models.quantizer import add_codes, bits_per_token, step_input, tokens_of_latents
 from worldvln_edge.runtime.worldvln.tokenizer import PromptTokenizer
 from worldvln_edge.scale_schedule import ScaleSchedule, ScaleStep
@@ -78,6 +79,14 @@ class PolicyBatch:
         )
 
 
+def flight_by_flight(samples: Sequence[Sample]) -> list[list[int]]:
+    """Indices of the samples of every flight: they share sequences, so they should go through the network together."""
+    found: dict[int, list[int]] = {}
+    for index, (trace, _) in enumerate(samples):
+        found.setdefault(id(trace), []).append(index)
+    return list(found.values())
+
+
 class PolicyBatchMaker:
     """Lays samples out; holds no network.
 
@@ -99,15 +108,16 @@ class PolicyBatchMaker:
         Raises:
             ScoringError: a trace whose bits are not those of the model's schedule.
         """
-        parts = [part for index, sample in enumerate(samples) for part in self._sequences(index, *sample)]
+        parts = self._shared([p for index, sample in enumerate(samples) for p in self._sequences(index, *sample)])
         layout = lay_out(
-            [[RowLayout(self.schedule, len(p.prompt), p.scales, p.real_scale_ids)] for p in parts],
+            [[RowLayout(self.schedule, len(p.prompt), tuple(p.parts), p.real_scale_ids)] for p in parts],
             self._config.world_model,
             pad_multiple=1,
         )
         latents = torch.zeros(len(parts), layout.visual, self._config.world_model.latent_channels)
         for row, part in enumerate(parts):
-            latents[row, : len(part.inputs_VC)] = part.inputs_VC
+            inputs_VC = torch.cat([one.input_LC for one in part.parts.values()])
+            latents[row, : len(inputs_VC)] = inputs_VC
         counts = [sum(one.numel() for one in trace.segments[segment].log_probs) for trace, segment in samples]
         longest = max(counts)
         tokens = {
@@ -130,34 +140,54 @@ class PolicyBatchMaker:
         flown = trace.segments[segment]
         self._check(trace, segment, steps)
         latents = trace.latents[None]
-        closure = reference_closure(self.schedule, clip.index)
-        context = [observed_scale(self.schedule.clips[c], scale, latents, self._config) for c, scale in closure]
+        observed = {
+            key: _Part(int(one.real_scale_id_B[0]), one.input_BLC[0])
+            for key in reference_closure(self.schedule, clip.index)
+            for one in [observed_scale(self.schedule.clips[key[0]], key[1], latents, self._config)]
+        }
         rows, cols = self._config.schedule.latent_hw
         state = torch.zeros(1, self._config.world_model.latent_channels, clip.frames, rows, cols)
         own, first = [], 0
         for step, bits in zip(steps, flown.bits, strict=True):
             is_scored = is_policy_step(step, trace.policy_scales)
             inputs_LC = tokens_of_latents(step_input(state, step))[0]
-            own.append(_OwnStep(step, inputs_LC, bits, first if is_scored else None))
+            own.append(_Drawn(step.real_scale_id, inputs_LC, sample, step, bits, first if is_scored else None))
             first += bits.numel() if is_scored else 0
             state = add_codes(state, bits[None].bool())
         prompt = tuple(self._tokenizer.encode(trace.prompt).tolist())
         return [
-            _Sequence(
-                sample=sample,
-                prompt=prompt,
-                scales=(*closure, *((clip.index, one.step.scale) for one in members)),
-                real_scale_ids=(
-                    *(int(one.real_scale_id_B[0]) for one in context),
-                    *(one.step.real_scale_id for one in members),
-                ),
-                inputs_VC=torch.cat([*(one.input_BLC[0] for one in context), *(one.input_LC for one in members)]),
-                own=members,
-            )
+            _Sequence(trace, prompt, observed | {(clip.index, one.step.scale): one for one in members})
             for members in self._split(own)
         ]
 
-    def _split(self, own: list[_OwnStep]) -> list[list[_OwnStep]]:
+    def _shared(self, sequences: Sequence[_Sequence]) -> list[_Sequence]:
+        """Sequences of one flight put into one, where each token goes on seeing what it saw."""
+        found: dict[int, list[_Sequence]] = {}
+        for one in sequences:
+            there = found.setdefault(id(one.trace), [])
+            for index, other in enumerate(there):
+                if self._can_share(one, other):
+                    keys = sorted({**one.parts, **other.parts})
+                    there[index] = _Sequence(
+                        one.trace, one.prompt, {key: other.parts.get(key) or one.parts[key] for key in keys}
+                    )
+                    break
+            else:
+                there.append(one)
+        return [one for there in found.values() for one in there]
+
+    def _can_share(self, one: _Sequence, other: _Sequence) -> bool:
+        """Whether no scale is in both that was drawn, and none would see more than it does."""
+        if any(isinstance(s.parts[key], _Drawn) for key in one.parts.keys() & other.parts.keys() for s in (one, other)):
+            return False
+        return not any(
+            reference in second.parts and reference not in first.parts
+            for first, second in ((one, other), (other, one))
+            for key in first.parts
+            for reference in self.schedule.references_of_scale(*key)
+        )
+
+    def _split(self, own: list[_Drawn]) -> list[list[_Drawn]]:
         """Steps that share a sequence: the last repetitions; of earlier ones as many as do not see each other."""
         # What nobody scores and nobody sees needs no forward pass.
         last = [one for one in own if one.step.is_last_repetition]
@@ -182,14 +212,15 @@ class PolicyBatchMaker:
         width = model.semantic_bits if is_semantic else model.detail_bits
         none = torch.zeros(0, dtype=torch.int64)
         places, bits, starts = [none], [torch.zeros(0, width, dtype=torch.int64)], [none]
-        for row, part in enumerate(parts):
-            token = row * visual + len(part.inputs_VC) - sum(one.step.tokens for one in part.own)
-            for one in part.own:
-                if one.first_bit is not None and one.step.is_semantic == is_semantic:
-                    places.append(torch.arange(token, token + one.step.tokens))
-                    bits.append(one.bits.reshape(-1, width).long())
-                    starts.append(part.sample * longest + one.first_bit + width * torch.arange(one.step.tokens))
-                token += one.step.tokens
+        for row, sequence in enumerate(parts):
+            token = row * visual
+            for part in sequence.parts.values():
+                tokens = len(part.input_LC)
+                if isinstance(part, _Drawn) and part.first_bit is not None and part.step.is_semantic == is_semantic:
+                    places.append(torch.arange(token, token + tokens))
+                    bits.append(part.bits.reshape(-1, width).long())
+                    starts.append(part.sample * longest + part.first_bit + width * torch.arange(tokens))
+                token += tokens
         return ScoredTokens(place_M=torch.cat(places), bits_Md=torch.cat(bits), start_M=torch.cat(starts))
 
     def _check(self, trace: FlightTrace, segment: int, steps: tuple[ScaleStep, ...]) -> None:
@@ -210,21 +241,31 @@ class PolicyBatchMaker:
 
 
 @dataclass(frozen=True)
-class _OwnStep:
-    """A step of the generated clip."""
+class _Part:
+    """A scale of a sequence, as it was observed."""
 
-    step: ScaleStep
+    real_scale_id: int
     input_LC: Tensor
+
+
+@dataclass(frozen=True)
+class _Drawn(_Part):
+    """A scale of a generated clip."""
+
+    sample: int
+    step: ScaleStep
     bits: Tensor
     first_bit: int | None
     """Among the scored bits of the sample; None: it is only looked at."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Sequence:
-    sample: int
+    trace: FlightTrace
     prompt: Prompt
-    scales: tuple[tuple[int, int], ...]
-    real_scale_ids: tuple[int, ...]
-    inputs_VC: Tensor
-    own: list[_OwnStep]
+    parts: dict[ScaleKey, _Part]
+    """In the order of the schedule."""
+
+    @property
+    def real_scale_ids(self) -> tuple[int, ...]:
+        return tuple(part.real_scale_id for part in self.parts.values())

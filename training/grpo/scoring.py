@@ -18,7 +18,14 @@ from worldvln_edge.config import ModelConfig
 from worldvln_edge.models.block_attention import can_attend_in_blocks
 from worldvln_edge.models.world_model import WorldModel
 from worldvln_edge.runtime.worldvln.tokenizer import PromptTokenizer
-from worldvln_edge.training.grpo.policy_batch import PolicyBatch, PolicyBatchMaker, Prompt, Sample, ScoringError
+from worldvln_edge.training.grpo.policy_batch import (
+    PolicyBatch,
+    PolicyBatchMaker,
+    Prompt,
+    Sample,
+    ScoringError,
+    flight_by_flight,
+)
 from worldvln_edge.training.grpo.rewards import flight_name
 from worldvln_edge.training.grpo.trace import FlightTrace
 
@@ -76,12 +83,15 @@ def score_samples(
         ScoringError: see `PolicyBatchMaker.make`.
     """
     device = next(model.parameters()).device
-    found: list[Tensor] = []
-    for first in range(0, len(samples), together):
-        batch = maker.make(samples[first : first + together]).to(device)
+    order = [index for flight in flight_by_flight(samples) for index in flight]
+    found: dict[int, Tensor] = {}
+    for first in range(0, len(order), together):
+        chosen = order[first : first + together]
+        batch = maker.make([samples[index] for index in chosen]).to(device)
         log_probs = bit_log_probs(model, batch, text(list(batch.prompts), device))
-        found += [row[is_bit].cpu() for row, is_bit in zip(log_probs, batch.is_bit_BN, strict=True)]
-    return found
+        for index, row, is_bit in zip(chosen, log_probs, batch.is_bit_BN, strict=True):
+            found[index] = row[is_bit].cpu()
+    return [found[index] for index in range(len(samples))]
 
 
 def segment_log_probs(
