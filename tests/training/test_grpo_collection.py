@@ -10,7 +10,7 @@ from grpo_flights import ended_after, expert_task, flown_along, fly, tiny_tokeni
 from small_models import random_model, tiny_config
 
 from worldvln_edge.config import ConfigError
-from worldvln_edge.training.grpo.advantages import NotFiniteError, group_advantages, segment_returns
+from worldvln_edge.training.grpo.advantages import NotFiniteError, expected_returns, group_advantages, segment_returns
 from worldvln_edge.training.grpo.candidates import flight_name
 from worldvln_edge.training.grpo.grpo_config import EvaluationConfig, GrpoConfig, objective_overrides
 from worldvln_edge.training.grpo.held_out import HeldOutResult, paired_difference, read_result, write_result
@@ -65,6 +65,43 @@ def test_first_segments_alone_are_compared_on_request(traces):
     judged = judge(traces, msgspec.structs.replace(GRPO, group_later_segments=False))
     assert {segment for _, segment in judged.samples} == {0}
     assert judged.start_spread_cm == 0.0
+
+
+def test_what_earlier_rewards_let_expect_is_subtracted_on_request(traces):
+    usual, judged = judge(traces), judge(traces, msgspec.structs.replace(GRPO, subtract_expected=True))
+    rewards = [np.array([flight.rewards for flight in judged.flights[first : first + 3]]) for first in (0, 3)]
+    returns = [np.stack([segment_returns(own, 0.9) for own in group]) for group in rewards]
+    for group, own, expected in zip((0, 1), returns, expected_returns(rewards, returns), strict=True):
+        for segment in range(3):
+            places = [
+                k for k, (t, s) in enumerate(judged.samples) if s == segment and t in traces[3 * group : 3 * group + 3]
+            ]
+            compared = group_advantages(own[:, segment] - expected[:, segment])
+            np.testing.assert_allclose(judged.advantages[places], compared, atol=1e-9)
+            assert np.allclose(judged.advantages[places], usual.advantages[places]) == (segment == 0)
+
+
+def test_returns_that_follow_from_earlier_rewards_are_expected_and_others_are_not():
+    generator = np.random.default_rng(0)
+    rewards = [generator.normal(size=(8, 3)) + 5 * group for group in range(40)]
+    own = [generator.normal(size=8) for _ in rewards]
+    returns = [
+        np.stack([one[:, 0], 0.5 * one[:, 0] - 3, one[:, 0] - 2 * one[:, 1] + noise], 1)
+        for one, noise in zip(rewards, own, strict=True)
+    ]
+    for one, noise, expected in zip(returns, own, expected_returns(rewards, returns), strict=True):
+        assert not expected[:, 0].any()
+        left = one - expected
+        np.testing.assert_allclose(left[:, 1], left[:, 1].mean(), atol=1e-9)
+        np.testing.assert_allclose(left[:, 2] - left[:, 2].mean(), noise - noise.mean(), atol=0.6)
+    unexpected = np.concatenate([one[:, 2] - one[:, 2].mean() for one in returns])
+    left = np.concatenate(
+        [
+            (one - expected)[:, 2] - (one - expected)[:, 2].mean()
+            for one, expected in zip(returns, expected_returns(rewards, returns), strict=True)
+        ]
+    )
+    assert left.std() < 0.5 * unexpected.std()
 
 
 def test_a_flight_that_ended_early_is_compared_in_the_segments_that_it_has(traces):
@@ -192,6 +229,7 @@ def test_scores_that_cannot_be_written_are_named(traces, tmp_path):
         ({"reward": {"success_bonus": -0.1}}, "grpo.reward.success_bonus must be finite and >= 0"),
         ({"published": {"ce": -1.0}}, "grpo.published.ce must be finite and >= 0"),
         ({"objectve": {}}, "unknown field `objectve`"),
+        ({"subtract_expected": True, "objective": {"kind": "published"}}, "subtract_expected is not part of the publ"),
     ],
 )
 def test_settings_out_of_range_are_refused(values: dict, message: str):

@@ -14,9 +14,11 @@ import torch
 from grpo_program import train
 from safetensors.torch import load_file
 
+from worldvln_edge.training.grpo.evaluating import Evaluations
 from worldvln_edge.training.grpo.scored_collection import GrpoError
 from worldvln_edge.training.trainer.run_folder import WorkFolderError
 from worldvln_edge.training.trainer.trainer import TrainingStoppedError
+from worldvln_edge.training.trainer.training_checkpoint import Best
 
 TESTS = Path(grpo_program.__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(TESTS)}
@@ -74,6 +76,35 @@ def test_the_step_with_the_best_held_out_reward_is_what_comes_out(unbroken):
     start = grpo_program.random_policy().world_model.state_dict()
     is_start = all(torch.equal(result.weights[name], tensor) for name, tensor in start.items())
     assert is_start == (best["step"] == 0)
+
+
+def test_averaged_weights_are_evaluated_and_come_out_and_others_fly_collections(
+    one_thread, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(Evaluations, "best", lambda self, step: Best(metric="held_out_reward", value=0.0, step=step))
+    averaged = {"ema_decay": 0.9, "learning_rate": 3e-3}
+    plain = train(tmp_path / "plain", **averaged | {"ema_decay": 0.0})
+    result = train(tmp_path / "averaged", **averaged)
+    pairs = list(zip(rows(tmp_path / "plain"), rows(tmp_path / "averaged"), strict=True))
+    for own, other in pairs:
+        assert [own.get(name) for name in ("reward", "loss", "k3")] == [other.get(n) for n in ("reward", "loss", "k3")]
+    assert [own["held_out_reward"] == other["held_out_reward"] for own, other in pairs] == [True, False, False]
+    assert result.best_step == plain.best_step == 8
+    start = grpo_program.random_policy().world_model.state_dict()
+    far, near = (
+        max(float((one.weights[name] - tensor).abs().max()) for name, tensor in start.items())
+        for one in (plain, result)
+    )
+    assert 0 < near < 0.7 * far
+
+
+@pytest.mark.slow
+def test_a_run_with_averaged_weights_that_was_killed_goes_on_with_the_same_numbers(one_thread, tmp_path: Path):
+    whole = train(tmp_path / "whole", ema_decay=0.9)
+    assert run_program(tmp_path / "killed", {"die_at": 15, "ema_decay": 0.9}) == -signal.SIGKILL
+    again = train(tmp_path / "killed", ema_decay=0.9)
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
+    assert all(torch.equal(again.weights[name], tensor) for name, tensor in whole.weights.items())
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Source: spec/training.md 5.5 (published), 5.9 items 5 and 6 (product).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -34,6 +35,30 @@ def segment_returns(rewards_S: np.ndarray, discount: float) -> np.ndarray:
         total, weight = rewards[c] + discount * total, 1 + discount * weight
         returns[c] = total / weight
     return returns
+
+
+def expected_returns(rewards_GKS: Sequence[np.ndarray], returns_GKS: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """What the rewards of earlier segments let expect of a segment's return, as a difference from the group's mean.
+
+    Least squares over all flights, one fit a segment; rewards and returns are taken as differences from their group's
+    mean. Nothing that a segment draws is among what its return is expected from, so policy gradients with and without
+    it have the same mean.
+
+    Args:
+        rewards_GKS, returns_GKS: of every group, float [K, S]; groups may differ in K.
+
+    Returns:
+        Of every group, float64 [K, S]; 0 for the first segment.
+    """
+    rewards = [rewards_KS - rewards_KS.mean(0) for rewards_KS in rewards_GKS]
+    returns = np.concatenate([returns_KS - returns_KS.mean(0) for returns_KS in returns_GKS])
+    seen = np.concatenate(rewards)
+    found = [np.zeros_like(rewards_KS, dtype=np.float64) for rewards_KS in rewards]
+    for segment in range(1, returns.shape[1]):
+        slopes, *_ = np.linalg.lstsq(seen[:, :segment], returns[:, segment], rcond=None)
+        for expected_KS, rewards_KS in zip(found, rewards, strict=True):
+            expected_KS[:, segment] = rewards_KS[:, :segment] @ slopes
+    return found
 
 
 def group_advantages(returns_K: np.ndarray, *, limit: float = 5.0) -> np.ndarray | None:

@@ -63,6 +63,9 @@ class GrpoConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Of the published objective, which has rewards and weights of its own."""
     group_later_segments: bool = True
     """Compare segments behind the first too, though they began in different states."""
+    subtract_expected: bool = False
+    """From the return of a segment behind the first, what the flight's earlier rewards let expect of it: one linear fit
+    a segment to all groups of a collection. A flight is then not blamed again for where an earlier segment put it."""
     early_stopping: tuple[AnyRule, ...] = ()
     """Rules that end flights whose outcome is settled, such as [{ rule = "budget" }, { rule = "stall" }]."""
     anchor: float = 0.1
@@ -77,6 +80,10 @@ class GrpoConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.97)
     clip_norm: float = 1.0
+    ema_decay: float = 0.0
+    """Of averaged weights, per optimiser step; 0: none. With them, they are what is evaluated and written, and the
+    policy that is not averaged goes on flying collections. Gradients of single flights are mostly noise, which the
+    average loses."""
     drift_limit: float = 1e-3
     """Largest difference of a bit's log-probability between flight and trainer; above it the run ends."""
     k3_limit: float = 0.05
@@ -105,6 +112,8 @@ class GrpoConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 raise ConfigError(f"grpo.{name} must be finite and >= 0, found {getattr(self, name)}")
         if self.early_stopping and self.objective.kind == "published":
             raise ConfigError("grpo.early_stopping is not part of the published objective; set it to []")
+        if self.subtract_expected and self.objective.kind == "published":
+            raise ConfigError("grpo.subtract_expected is not part of the published objective; set it to false")
         self.optimiser()
 
     def optimiser(self) -> OptimiserConfig:
@@ -116,6 +125,7 @@ class GrpoConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             weight_decay=self.weight_decay,
             betas=self.betas,
             clip_norm=self.clip_norm,
+            ema_decay=self.ema_decay,
         )
 
     def identity(self) -> dict[str, Any]:
@@ -133,6 +143,6 @@ def objective_overrides(kind: str) -> dict[str, Any]:
     """
     if kind == "published":
         objective = {"kind": kind, "eps": 0.15, "beta": 0.1, "aux": 0.02, "advantage_limit": 5.0}
-        return {"grpo": {"objective": objective, "clip_norm": 5.0, "early_stopping": []}}
+        return {"grpo": {"objective": objective, "clip_norm": 5.0, "early_stopping": [], "subtract_expected": False}}
     objective = {"kind": kind, "eps": 0.02, "beta": 0.05, "aux": 0.0, "advantage_limit": 5.0}
     return {"grpo": {"objective": objective, "clip_norm": 1.0}}

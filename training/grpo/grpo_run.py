@@ -51,7 +51,7 @@ class GrpoResult:
     best_step: int
     """Of the weights: the one with the best held-out reward."""
     weights: Mapping[str, Tensor]
-    """State dict of the world model on the CPU; first rank only."""
+    """State dict of the world model on the CPU, averaged where the recipe asks for that; first rank only."""
     rows: Sequence[Row]
     """The table; first rank only."""
     stopped_by: str
@@ -146,7 +146,7 @@ class GrpoRun:
                     progress = self._optimise(collection, progress, stop, log)
                 best = progress.best.step if progress.best is not None else progress.step
                 if best != progress.step:
-                    self._checkpoints.load(best, learner.run.network, learner.run.optimiser, None)
+                    self._checkpoints.load(best, learner.run.network, learner.run.optimiser, learner.run.average)
                 if table is not None:
                     plot_table(table.rows, self._folder / TABLE_PICTURE)
                 return GrpoResult(
@@ -162,7 +162,7 @@ class GrpoRun:
         saved, run = self._checkpoints.steps(), self._learner.run
         if not saved:
             return Progress(step=0, epoch=0, step_in_epoch=0)
-        progress = self._checkpoints.load(saved[-1], run.network, run.optimiser, None)
+        progress = self._checkpoints.load(saved[-1], run.network, run.optimiser, run.average)
         # A step is saved before it is evaluated, so the checkpoint does not know whether it is the best.
         return msgspec.structs.replace(progress, best=self._evaluations.best(progress.step))
 
@@ -209,7 +209,8 @@ class GrpoRun:
         return msgspec.structs.replace(progress, best=best), stopped_by
 
     def _evaluated(self, collection: int, progress: Progress, stop: StopSignal) -> dict[str, float]:
-        result = self._evaluations.evaluate(progress.step, should_stop=lambda: stop.requested)
+        with self._learner.run.averaged():
+            result = self._evaluations.evaluate(progress.step, should_stop=lambda: stop.requested)
         if result is None:
             self._stop(progress)
         found = {HELD_OUT + "reward": result.reward, HELD_OUT + "success": result.success}
@@ -305,7 +306,7 @@ class GrpoRun:
 
     def _save(self, progress: Progress) -> None:
         run = self._learner.run
-        self._checkpoints.save(progress, run.network, run.optimiser, None)
+        self._checkpoints.save(progress, run.network, run.optimiser, run.average)
 
 
 def _added(curves: Mapping[str, tuple[float, int]], values: Mapping[str, float]) -> dict[str, tuple[float, int]]:

@@ -109,8 +109,11 @@ class GrpoSetup:
         )
 
     def run(self) -> GrpoResult:
-        """See `GrpoRun.run`."""
-        return self._run.run()
+        """See `GrpoRun.run`; the result is then in the networks that `write_checkpoint` writes."""
+        result = self._run.run()
+        if self._ranks.is_first:
+            self._learner.model.world_model.load_state_dict(result.weights)
+        return result
 
     def write_checkpoint(self) -> None:
         """Write the policy as a checkpoint of the kind that the run began with; its table lies beside it."""

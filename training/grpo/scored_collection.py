@@ -22,7 +22,7 @@ from torch import Tensor
 from worldvln_edge.atomic import atomic_file
 from worldvln_edge.config import ConfigError
 from worldvln_edge.tasks import Task
-from worldvln_edge.training.grpo.advantages import NotFiniteError, group_advantages, segment_returns
+from worldvln_edge.training.grpo.advantages import NotFiniteError, expected_returns, group_advantages, segment_returns
 from worldvln_edge.training.grpo.grpo_config import GrpoConfig
 from worldvln_edge.training.grpo.policy_batch import Sample
 from worldvln_edge.training.grpo.published_rows import Candidate, published_rows
@@ -129,12 +129,13 @@ def judge_collection(
     advantages: list[float] = []
     used = dropped = 0
     spreads: list[float] = []
-    for group, members in groups.items():
+    returns = _group_returns([[flights[i] for i in members] for members in groups.values()], config)
+    for (group, members), returns_KS in zip(groups.items(), returns, strict=True):
         own = [traces[i] for i in members]
         if config.objective.kind == "published":
             by_segment = _published_weights(own, tasks[own[0].task_id], config, step)
         else:
-            by_segment = _product_advantages(group, own, [flights[i] for i in members], config)
+            by_segment = _product_advantages(group, own, returns_KS, config.objective.advantage_limit)
         if not config.group_later_segments:
             by_segment = by_segment[:1]
         for segment, values in enumerate(by_segment):
@@ -163,20 +164,30 @@ def judge_collection(
     )
 
 
+def _group_returns(groups: Sequence[Sequence[JudgedFlight]], config: GrpoConfig) -> list[np.ndarray]:
+    """Of every group, float64 [K, S]: what its flights are compared by."""
+    rewards = [np.array([flight.rewards for flight in flights]) for flights in groups]
+    returns = [np.stack([segment_returns(own_S, config.reward.discount) for own_S in own_KS]) for own_KS in rewards]
+    if not config.subtract_expected:
+        return returns
+    return [
+        own_KS - expected_KS for own_KS, expected_KS in zip(returns, expected_returns(rewards, returns), strict=True)
+    ]
+
+
 def _product_advantages(
-    group: str, traces: Sequence[FlightTrace], flights: Sequence[JudgedFlight], config: GrpoConfig
+    group: str, traces: Sequence[FlightTrace], returns_KS: np.ndarray, limit: float
 ) -> list[np.ndarray | None]:
     """Of every segment, those of the flights that have it; None where a segment says nothing.
 
     Mean and deviation are over all flights of the group: one that ended early stands still for its later segments and
     is worth what that is worth, so the others are not compared with the survivors alone.
     """
-    returns_KS = np.stack([segment_returns(np.array(flight.rewards), config.reward.discount) for flight in flights])
     flown_K = np.array([len(trace.segments) for trace in traces])
     found: list[np.ndarray | None] = []
     for segment in range(flown_K.max()):
         try:
-            advantages_K = group_advantages(returns_KS[:, segment], limit=config.objective.advantage_limit)
+            advantages_K = group_advantages(returns_KS[:, segment], limit=limit)
         except NotFiniteError as error:
             raise NotFiniteError(f"group {group!r}, segment {segment}: {error}") from error
         found.append(None if advantages_K is None else advantages_K[flown_K > segment])

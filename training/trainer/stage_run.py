@@ -179,7 +179,7 @@ class StageRun:
         """Metrics of the stage, with averaged weights where there are some: those of the first rank, on every rank."""
         self.network.eval()
         device = self._ranks.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), self._autocast(), self._averaged():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), self._autocast(), self.averaged():
             torch.manual_seed(self._seed)
             metrics = dict(self._module(None))
         self.network.train()
@@ -187,7 +187,7 @@ class StageRun:
 
     def weights(self) -> dict[str, Tensor]:
         """State dict of the whole network on the CPU, averaged where asked for; empty on other ranks than the first."""
-        with self._averaged():
+        with self.averaged():
             if self.is_sharded:
                 options = StateDictOptions(full_state_dict=True, cpu_offload=True)
                 return {
@@ -197,6 +197,10 @@ class StageRun:
             if not self._ranks.is_first:
                 return {}
             return {name: tensor.detach().cpu().clone() for name, tensor in self.network.state_dict().items()}
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The averaged weights in the network for the length of a block; without averaging, nothing changes."""
+        return nullcontext() if self.average is None else self.average.in_place()
 
     def _seed_draws(self, loaded: LoadedStep, micro_batch: int) -> None:
         mixed = self._seed
@@ -242,9 +246,6 @@ class StageRun:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._ranks.device.type, torch.bfloat16, enabled=self._bf16)
-
-    def _averaged(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.average is None else self.average.in_place()
 
 
 def _on_host(records: Sequence[Mapping[str, Tensor]]) -> list[dict[str, float]]:
