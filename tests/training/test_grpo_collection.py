@@ -41,6 +41,11 @@ def traces():
     return fly(random_model(CONFIG), tiny_tokenizer(CONFIG), candidates=3, tasks=2)
 
 
+@pytest.fixture(scope="module")
+def many():
+    return fly(random_model(CONFIG), tiny_tokenizer(CONFIG), candidates=12, tasks=2)
+
+
 def judge(traces, config: GrpoConfig = GRPO):
     return judge_collection(traces, TASKS, config, step=STEP)
 
@@ -67,41 +72,69 @@ def test_first_segments_alone_are_compared_on_request(traces):
     assert judged.start_spread_cm == 0.0
 
 
-def test_what_earlier_rewards_let_expect_is_subtracted_on_request(traces):
-    usual, judged = judge(traces), judge(traces, msgspec.structs.replace(GRPO, subtract_expected=True))
-    rewards = [np.array([flight.rewards for flight in judged.flights[first : first + 3]]) for first in (0, 3)]
+def test_what_earlier_rewards_let_expect_is_subtracted_on_request(many):
+    expecting = msgspec.structs.replace(GRPO, subtract_expected=True)
+    usual, judged = judge(many), judge(many, expecting)
+    rewards = [np.array([flight.rewards for flight in judged.flights[first : first + 12]]) for first in (0, 12)]
     returns = [np.stack([segment_returns(own, 0.9) for own in group]) for group in rewards]
     for group, own, expected in zip((0, 1), returns, expected_returns(rewards, returns), strict=True):
         for segment in range(3):
-            places = [
-                k for k, (t, s) in enumerate(judged.samples) if s == segment and t in traces[3 * group : 3 * group + 3]
-            ]
+            places = [k for k, (t, s) in enumerate(judged.samples) if s == segment and t.task_id == f"task-{group}"]
             compared = group_advantages(own[:, segment] - expected[:, segment])
             np.testing.assert_allclose(judged.advantages[places], compared, atol=1e-9)
             assert np.allclose(judged.advantages[places], usual.advantages[places]) == (segment == 0)
+    # Too few flights for a fit: nothing is expected, so nothing is lost.
+    few = [*many[:3], *many[12:15]]
+    np.testing.assert_array_equal(judge(few, expecting).advantages, judge(few).advantages)
+
+
+def test_the_bonus_of_a_success_is_never_expected_from_earlier_segments(many):
+    """With rewards of 0, nothing but the bonus is left, and all of it stays."""
+    expert = np.array(TASKS["task-0"].reference_path_raw)
+    far = expert + np.linspace(0, 900, len(expert))[:, None]
+    flights = [flown_along(trace, far if trace.candidate_id % 3 else expert) for trace in many]
+    reward = RewardConfig(weights={"collision": 1.0}, success_bonus=0.5)
+    plain, subtracted = (
+        judge(flights, msgspec.structs.replace(GRPO, reward=reward, subtract_expected=subtracts))
+        for subtracts in (False, True)
+    )
+    assert {flight.succeeded for flight in plain.flights} == {False, True}
+    np.testing.assert_array_equal(subtracted.advantages, plain.advantages)
+
+
+def test_a_group_that_is_worth_the_same_is_dropped_whatever_was_expected_of_it(many):
+    """Flights of the first task end in their first segment or never, those of the second in the first or second."""
+    flights = [
+        replace(ended_after(trace, 1 + trace.candidate_id % 2), collided=True)
+        if trace.candidate_id % 2 == 0 or trace.task_id == "task-1"
+        else trace
+        for trace in many
+    ]
+    reward = RewardConfig(weights={"collision": 1.0})
+    judged = judge(flights, msgspec.structs.replace(GRPO, reward=reward, subtract_expected=True))
+    assert {segment for trace, segment in judged.samples if trace.task_id == "task-0"} == {0}
+    assert {segment for trace, segment in judged.samples if trace.task_id == "task-1"} == {0, 1}
 
 
 def test_returns_that_follow_from_earlier_rewards_are_expected_and_others_are_not():
     generator = np.random.default_rng(0)
     rewards = [generator.normal(size=(8, 3)) + 5 * group for group in range(40)]
-    own = [generator.normal(size=8) for _ in rewards]
+    noises = [generator.normal(size=8) for _ in rewards]
     returns = [
         np.stack([one[:, 0], 0.5 * one[:, 0] - 3, one[:, 0] - 2 * one[:, 1] + noise], 1)
-        for one, noise in zip(rewards, own, strict=True)
+        for one, noise in zip(rewards, noises, strict=True)
     ]
-    for one, noise, expected in zip(returns, own, expected_returns(rewards, returns), strict=True):
+    for own, noise, expected in zip(returns, noises, expected_returns(rewards, returns), strict=True):
         assert not expected[:, 0].any()
-        left = one - expected
-        np.testing.assert_allclose(left[:, 1], left[:, 1].mean(), atol=1e-9)
-        np.testing.assert_allclose(left[:, 2] - left[:, 2].mean(), noise - noise.mean(), atol=0.6)
-    unexpected = np.concatenate([one[:, 2] - one[:, 2].mean() for one in returns])
-    left = np.concatenate(
-        [
-            (one - expected)[:, 2] - (one - expected)[:, 2].mean()
-            for one, expected in zip(returns, expected_returns(rewards, returns), strict=True)
-        ]
-    )
-    assert left.std() < 0.5 * unexpected.std()
+        left = (own - expected) - (own - expected).mean(0)
+        np.testing.assert_allclose(left[:, 1], 0, atol=1e-9)
+        np.testing.assert_allclose(left[:, 2], noise - noise.mean(), atol=0.6)
+
+
+def test_rounding_of_equal_rewards_foretells_nothing():
+    rewards = np.array([[0.1 + 0.2, 0.0], [0.3, 0.0]] * 12)
+    returns = np.stack([np.zeros(24), np.tile([1.0, 0.0], 12)], 1)
+    assert not expected_returns([rewards], [returns])[0].any()
 
 
 def test_a_flight_that_ended_early_is_compared_in_the_segments_that_it_has(traces):
@@ -229,6 +262,8 @@ def test_scores_that_cannot_be_written_are_named(traces, tmp_path):
         ({"reward": {"success_bonus": -0.1}}, "grpo.reward.success_bonus must be finite and >= 0"),
         ({"published": {"ce": -1.0}}, "grpo.published.ce must be finite and >= 0"),
         ({"objectve": {}}, "unknown field `objectve`"),
+        ({"ema_decay": 1.0}, r"grpo.ema_decay must be in \[0, 1\), found 1.0"),
+        ({"subtract_expected": True, "group_later_segments": False}, "about segments behind the first"),
         ({"subtract_expected": True, "objective": {"kind": "published"}}, "subtract_expected is not part of the publ"),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 from grpo_flights import expert_task
 from grpo_program import MODEL, NoiseFlier, random_policy, tasks
+from safetensors.torch import load_file
 from small_models import STATS, WORDS
 
 from worldvln_edge.models.worldvln import save_checkpoint
@@ -17,12 +18,14 @@ from worldvln_edge.runtime.bench.report_table import render
 from worldvln_edge.tasks import Task, write_task_list
 from worldvln_edge.training.grpo.compare import compare_checkpoints
 from worldvln_edge.training.grpo.comparison import comparison_parts, read_comparison, write_comparison
+from worldvln_edge.training.grpo.evaluating import Evaluations
 from worldvln_edge.training.grpo.grpo_config import EvaluationConfig, GrpoConfig
 from worldvln_edge.training.grpo.grpo_setup import read_held_out_tasks, read_tasks
 from worldvln_edge.training.grpo.rewards import RewardConfig
 from worldvln_edge.training.grpo.scored_collection import GrpoError
 from worldvln_edge.training.stages.tokenizer import build_word_tokenizer
 from worldvln_edge.training.train_cli import train
+from worldvln_edge.training.trainer.training_checkpoint import Best
 
 CONFIG = GrpoConfig(rows=4, evaluation=EvaluationConfig(tasks=3, rollouts=2))
 HELD_OUT = tuple(tasks(3, "held-out"))
@@ -169,3 +172,40 @@ def test_tasks_come_from_files_or_from_the_simulator(tmp_path: Path):
         read_held_out_tasks(tmp_path / "tasks.json", 4)
     assert read_tasks(None, seed=0).fingerprint == "generated train"
     assert read_held_out_tasks(None, 1)[0].task_id == "validation-000000"
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_the_command_flies_the_simulator_learns_and_writes_the_policy_that_it_evaluated(
+    checkpoints: list[Path], tmp_path: Path, one_thread, monkeypatch, decay: float
+):
+    """The last step is made the best one, whatever it was worth."""
+    monkeypatch.setattr(Evaluations, "best", lambda self, step: Best(metric="held_out_reward", value=0.0, step=step))
+    settings = {
+        "collections": 1,
+        "tasks": 2,
+        "candidates": 4,
+        "rows": 4,
+        "anchor": 0,
+        "ema_decay": decay,
+        "learning_rate": 1e-2,
+        "clipped_limit": 1,
+        "k3_limit": 100,
+        "evaluation.tasks": 1,
+        "evaluation.rollouts": 2,
+    }
+    work, out = tmp_path / "work", tmp_path / "out"
+    arguments = ["grpo", "--checkpoint", str(checkpoints[0]), "--work", str(work), "--out", str(out), "--threads", "1"]
+    for name, value in settings.items():
+        arguments += ["--set", f"grpo.{name}={value}"]
+    result = CliRunner().invoke(train, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "checkpoint of tiny, of step" in result.output
+    [file] = (work / "grpo" / "evaluations").glob("step-*[1-9].json")
+    flown = [json.loads(line) for line in (out / "collections.jsonl").read_text().splitlines()]
+    assert [row["collection"] for row in flown] == [0, 1]
+    assert file.stem == f"step-{flown[1]['step']:08d}"
+    trained, first = (load_file(folder / "model.safetensors") for folder in (out, checkpoints[0]))
+    moved = max(float((trained[name] - first[name]).abs().max()) for name in first)
+    # A step of Adam moves a weight by about the learning rate; an average keeps 0.9 of where it was.
+    steps = flown[1]["step"]
+    assert (0.1 if decay else 0.5) < moved / (1e-2 * steps) < (0.4 if decay else 1.5)

@@ -14,6 +14,8 @@ import numpy as np
 ADVANTAGE_EPS = 1e-4
 EVEN_STD = 1e-6
 """Groups whose returns differ less say nothing, and are dropped."""
+_FLIGHTS_A_SLOPE = 10
+"""Fewer, and what is expected would be the return itself."""
 _SHAPING_EPS, _LARGEST_EXPONENT = 1e-6, 10.0
 
 Shaping = Literal["zscore_exp", "minstd_exp", "inv1p"]
@@ -41,20 +43,25 @@ def expected_returns(rewards_GKS: Sequence[np.ndarray], returns_GKS: Sequence[np
     """What the rewards of earlier segments let expect of a segment's return, as a difference from the group's mean.
 
     Least squares over all flights, one fit a segment; rewards and returns are taken as differences from their group's
-    mean. Nothing that a segment draws is among what its return is expected from, so policy gradients with and without
-    it have the same mean.
+    mean. What a segment's return is expected from was settled before it drew anything, so subtracting it leaves the
+    mean of the policy gradient as it is, but for the fit to the flights themselves, which vanishes with their number.
 
     Args:
-        rewards_GKS, returns_GKS: of every group, float [K, S]; groups may differ in K.
+        rewards_GKS, returns_GKS: of every group, float [K, S]; groups may differ in K. A reward must not depend on what
+            is flown after its segment.
 
     Returns:
-        Of every group, float64 [K, S]; 0 for the first segment.
+        Of every group, float64 [K, S]; 0 for the first segment, and where there are too few flights for a fit.
     """
     rewards = [rewards_KS - rewards_KS.mean(0) for rewards_KS in rewards_GKS]
     returns = np.concatenate([returns_KS - returns_KS.mean(0) for returns_KS in returns_GKS])
     seen = np.concatenate(rewards)
     found = [np.zeros_like(rewards_KS, dtype=np.float64) for rewards_KS in rewards]
+    seen[:, seen.std(0) < EVEN_STD] = 0  # rounding, which says nothing
+    free = len(returns) - len(returns_GKS)
     for segment in range(1, returns.shape[1]):
+        if free < _FLIGHTS_A_SLOPE * segment:
+            continue
         slopes, *_ = np.linalg.lstsq(seen[:, :segment], returns[:, segment], rcond=None)
         for expected_KS, rewards_KS in zip(found, rewards, strict=True):
             expected_KS[:, segment] = rewards_KS[:, :segment] @ slopes

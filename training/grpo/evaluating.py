@@ -37,7 +37,7 @@ class Evaluations:
         self._folder, self._ranks, self._step = folder, ranks, step
 
     def evaluate(self, step: int, *, should_stop: Callable[[], bool]) -> HeldOutResult | None:
-        """The policy as it is, after `step` optimiser steps; read where an earlier process flew it. None: broken off.
+        """The policy in the networks, after `step` steps; read where an earlier process flew it. None: broken off.
 
         Args:
             step: optimiser steps that are done.

@@ -81,9 +81,9 @@ class GrpoConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     betas: tuple[float, float] = (0.9, 0.97)
     clip_norm: float = 1.0
     ema_decay: float = 0.0
-    """Of averaged weights, per optimiser step; 0: none. With them, they are what is evaluated and written, and the
-    policy that is not averaged goes on flying collections. Gradients of single flights are mostly noise, which the
-    average loses."""
+    """Of averaged weights, per optimiser step; 0: none. With them, they are what is evaluated and written; the policy
+    that is not averaged flies the collections, and the limits are of it. Gradients of flights are mostly noise, which
+    an average over the last 1 / (1 - ema_decay) steps loses."""
     drift_limit: float = 1e-3
     """Largest difference of a bit's log-probability between flight and trainer; above it the run ends."""
     k3_limit: float = 0.05
@@ -114,6 +114,13 @@ class GrpoConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ConfigError("grpo.early_stopping is not part of the published objective; set it to []")
         if self.subtract_expected and self.objective.kind == "published":
             raise ConfigError("grpo.subtract_expected is not part of the published objective; set it to false")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"grpo.ema_decay must be in [0, 1), found {self.ema_decay}")
+        if self.subtract_expected and not self.group_later_segments:
+            raise ConfigError(
+                "grpo.subtract_expected is about segments behind the first, which grpo.group_later_segments = false "
+                "leaves out; set one of them the other way"
+            )
         self.optimiser()
 
     def optimiser(self) -> OptimiserConfig:
@@ -137,7 +144,7 @@ class GrpoConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def objective_overrides(kind: str) -> dict[str, Any]:
-    """Values that go with an objective, as a layer of a recipe; the learning rate stays that of the preset.
+    """Values that go with an objective, as a layer of a recipe; learning rate and averaging stay those of the preset.
 
     `published`: the column "main" of 5.7. `product`: 5.9 item 7.
     """

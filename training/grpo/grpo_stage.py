@@ -90,7 +90,10 @@ class GrpoStage:
         return self._collection
 
     def plan(self, epoch: int) -> list[list[list[int]]]:
-        """See `Stage.plan`: every sample once, flight by flight; each step ends with micro-batches of one SFT step."""
+        """See `Stage.plan`: every sample once, flight by flight, because segments of a flight share what is computed.
+
+        Each step ends with the micro-batches of one SFT step.
+        """
         config = self.config
         flights = flight_by_flight(self.collection.samples)
         order = [row for flight in epoch_order(self._seed, epoch, len(flights)) for row in flights[flight]]

@@ -2,8 +2,8 @@
 
 Every scored step of a clip is a document of a sequence: it sees the observed clips before it, as they were encoded in
 flight, and the text. Segments of one flight share a sequence where none of them could see what another one generated:
-what was observed and the text are then looked at once. A step that is repeated with a state of its own gets a sequence
-of its own, because other scales see the last repetition of it only.
+what was observed and the text are then looked at once. Earlier repetitions of a step do not stand in the sequence of
+the last one, because other scales see the last one only.
 
 Legend: B samples (a segment of a flight each), N most bits of a sample, R sequences, V most visual tokens of one,
 M tokens of one head, d bits of a token, C latent channels.

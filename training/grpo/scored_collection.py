@@ -130,12 +130,12 @@ def judge_collection(
     used = dropped = 0
     spreads: list[float] = []
     returns = _group_returns([[flights[i] for i in members] for members in groups.values()], config)
-    for (group, members), returns_KS in zip(groups.items(), returns, strict=True):
+    for (group, members), (returns_KS, expected_KS) in zip(groups.items(), returns, strict=True):
         own = [traces[i] for i in members]
         if config.objective.kind == "published":
             by_segment = _published_weights(own, tasks[own[0].task_id], config, step)
         else:
-            by_segment = _product_advantages(group, own, returns_KS, config.objective.advantage_limit)
+            by_segment = _product_advantages(group, own, returns_KS, expected_KS, config.objective.advantage_limit)
         if not config.group_later_segments:
             by_segment = by_segment[:1]
         for segment, values in enumerate(by_segment):
@@ -164,19 +164,23 @@ def judge_collection(
     )
 
 
-def _group_returns(groups: Sequence[Sequence[JudgedFlight]], config: GrpoConfig) -> list[np.ndarray]:
-    """Of every group, float64 [K, S]: what its flights are compared by."""
+def _group_returns(groups: Sequence[Sequence[JudgedFlight]], config: GrpoConfig) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns of every group, and what of them was to be expected: float64 [K, S] each."""
+    reward = config.reward
     rewards = [np.array([flight.rewards for flight in flights]) for flights in groups]
-    returns = [np.stack([segment_returns(own_S, config.reward.discount) for own_S in own_KS]) for own_KS in rewards]
+    returns = [np.stack([segment_returns(own_S, reward.discount) for own_S in own_KS]) for own_KS in rewards]
     if not config.subtract_expected:
-        return returns
-    return [
-        own_KS - expected_KS for own_KS, expected_KS in zip(returns, expected_returns(rewards, returns), strict=True)
+        return [(own_KS, np.zeros_like(own_KS)) for own_KS in returns]
+    # The bonus of a success is in the rewards of segments that were flown before it.
+    settled = [
+        own_KS - reward.success_bonus * np.array([[flight.succeeded] for flight in flights])
+        for own_KS, flights in zip(rewards, groups, strict=True)
     ]
+    return list(zip(returns, expected_returns(settled, returns), strict=True))
 
 
 def _product_advantages(
-    group: str, traces: Sequence[FlightTrace], returns_KS: np.ndarray, limit: float
+    group: str, traces: Sequence[FlightTrace], returns_KS: np.ndarray, expected_KS: np.ndarray, limit: float
 ) -> list[np.ndarray | None]:
     """Of every segment, those of the flights that have it; None where a segment says nothing.
 
@@ -188,6 +192,8 @@ def _product_advantages(
     for segment in range(flown_K.max()):
         try:
             advantages_K = group_advantages(returns_KS[:, segment], limit=limit)
+            if advantages_K is not None and expected_KS[:, segment].any():
+                advantages_K = group_advantages(returns_KS[:, segment] - expected_KS[:, segment], limit=limit)
         except NotFiniteError as error:
             raise NotFiniteError(f"group {group!r}, segment {segment}: {error}") from error
         found.append(None if advantages_K is None else advantages_K[flown_K > segment])

@@ -25,6 +25,7 @@ class MovingAverage:
         self._decay = decay
         self._parameters = dict(network.named_parameters())
         self.shadow: dict[str, Tensor] = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._is_in_place = False
 
     @torch.no_grad()
     def update(self) -> None:
@@ -34,12 +35,17 @@ class MovingAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Put the averages into the network for the length of the block."""
+        """Put the averages into the network for the length of the block; inside of such a block, they stay there."""
+        if self._is_in_place:
+            yield
+            return
         self._exchange()
+        self._is_in_place = True
         try:
             yield
         finally:
             self._exchange()
+            self._is_in_place = False
 
     @torch.no_grad()
     def _exchange(self) -> None:
