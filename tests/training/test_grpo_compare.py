@@ -42,6 +42,8 @@ def checkpoints(tmp_path_factory) -> list[Path]:
             model.world_model.semantic_head2.weight.mul_(factor)
         save_checkpoint(folder / name, model, STATS, tokenizer, dtype=torch.float32)
     rows = [{"collection": 0}, {"collection": 1, "clipped": 0.25, "environment_steps_total": 960.0}]
+    (folder / "first" / "run.json").write_text('{"sft": {"seed": 0}}')
+    (folder / "first" / "loss_curve.jsonl").write_text('{"stage": "sft", "step": 1, "loss": 0.5}\n')
     (folder / "other" / "collections.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [folder / name for name in ("first", "same", "other")]
 
@@ -204,6 +206,10 @@ def test_the_command_flies_the_simulator_learns_and_writes_the_policy_that_it_ev
     flown = [json.loads(line) for line in (out / "collections.jsonl").read_text().splitlines()]
     assert [row["collection"] for row in flown] == [0, 1]
     assert file.stem == f"step-{flown[1]['step']:08d}"
+    assert list(json.loads((out / "run.json").read_bytes())) == ["sft", "grpo"]
+    curve = [json.loads(line)["stage"] for line in (out / "loss_curve.jsonl").read_text().splitlines()]
+    assert curve[0] == "sft"
+    assert set(curve[1:]) == {"grpo"}
     trained, first = (load_file(folder / "model.safetensors") for folder in (out, checkpoints[0]))
     moved = max(float((trained[name] - first[name]).abs().max()) for name in first)
     # A step of Adam moves a weight by about the learning rate; an average keeps 0.9 of where it was.

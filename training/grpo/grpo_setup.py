@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from worldvln_edge.atomic import atomic_file
 from worldvln_edge.models.worldvln import save_checkpoint
 from worldvln_edge.runtime.worldvln.tokenizer import PromptTokenizer
 from worldvln_edge.tasks import Task, read_task_list
@@ -28,6 +30,7 @@ from worldvln_edge.training.stages.flight_latents import cache_latents
 from worldvln_edge.training.stages.flight_sources import TrainingFlights
 from worldvln_edge.training.stages.flight_subset import first_flights
 from worldvln_edge.training.stages.released_output import write_released
+from worldvln_edge.training.stages.stage_weights import explained_writes
 from worldvln_edge.training.stages.training_start import Start
 from worldvln_edge.training.trainer.distributed import Ranks
 from worldvln_edge.training.trainer.recipe import Recipe
@@ -116,26 +119,35 @@ class GrpoSetup:
         return result
 
     def write_checkpoint(self) -> None:
-        """Write the policy as a checkpoint of the kind that the run began with; its table lies beside it."""
+        """Write the policy as a checkpoint of the kind that the run began with; its table lies beside it.
+
+        `run.json` and `loss_curve.jsonl` are those of the checkpoint that the run began with, and this run's.
+
+        Raises:
+            ChainError: the disk is full; an earlier checkpoint stays as it was.
+        """
         if self._ranks.is_first:
-            self._write()
+            with explained_writes(self._out):
+                self._write()
         self._ranks.wait()
 
     def _write(self) -> None:
         start, model, out = self._inputs.start, self._learner.model, self._out
+        runs = json.loads(_text_before(start, RUN_FILE) or "{}") | {
+            self._learner.stage.name: json.loads((self.folder / RUN_FILE).read_text(encoding="utf-8"))
+        }
+        curve = _text_before(start, CURVE_FILE) + (self.folder / CURVE_FILE).read_text(encoding="utf-8")
+        files = {name: self._inputs.work / name for name in (CURVE_FILE, RUN_FILE)}
+        for name, text in ((CURVE_FILE, curve), (RUN_FILE, json.dumps(runs, indent=1) + "\n")):
+            with atomic_file(files[name]) as building:
+                building.write_text(text, encoding="utf-8")
+        files[TABLE_FILE] = self.folder / TABLE_FILE
         if start.released is not None:
             write_released(out, start.released, model, has_backbone=True, action_stats=None)
-            for name in (TABLE_FILE, RUN_FILE):
-                shutil.copyfile(self.folder / name, out / name)
+            for name, file in files.items():
+                shutil.copyfile(file, out / name)
             return
-        files = {name: self.folder / name for name in (CURVE_FILE, RUN_FILE, TABLE_FILE)}
-        save_checkpoint(
-            out,
-            model,
-            start.head_stats(),
-            self._tokenizer_json,
-            extra_files={name: file for name, file in files.items() if file.is_file()},
-        )
+        save_checkpoint(out, model, start.head_stats(), self._tokenizer_json, extra_files=files)
 
     def _anchor(self, vae: torch.nn.Module) -> AnchorFlights:
         inputs, recipe = self._inputs, self._inputs.recipe
@@ -159,6 +171,14 @@ class GrpoSetup:
         return AnchorFlights(
             config=recipe.stage("sft").config, flights=training, held_out=latents(inputs.held_out_flights)
         )
+
+
+def _text_before(start: Start, name: str) -> str:
+    """A file of the checkpoint that the run began with, if that says how it was trained."""
+    if start.source is None or start.released is not None:
+        return ""
+    file = start.source.tokenizer_file.parent / name
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 def check_start(start: Start, config: GrpoConfig, out: Path, *, has_flights: bool) -> None:
