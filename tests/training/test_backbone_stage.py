@@ -74,10 +74,13 @@ def test_packed_rows_train_as_rows_side_by_side():
         stage.network.zero_grad()
         (stage.totals(batch)["loss"] / stage.weights(batch)["loss"]).backward()
         losses.append(mean_loss(stage, [1, 3, 4]))
-        gradients.append(torch.cat([p.grad.flatten() for p in stage.network.parameters() if p.grad is not None]))
+        gradients.append({name: p.grad for name, p in stage.network.named_parameters() if p.grad is not None})
     assert packed.load(0, [1, 3, 4]).latents_BVC.shape[0] == 1
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    torch.testing.assert_close(gradients[0], gradients[1], atol=2e-4, rtol=1e-3)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        # Elements are sums that may nearly cancel, so rounding is judged by the size of the whole parameter.
+        assert float((gradients[1][name] - gradient).norm()) <= 1e-4 * float(gradient.norm()), name
 
 
 def test_micro_batches_add_up():
@@ -279,7 +282,7 @@ def test_checkpointed_activations_give_the_same_gradients():
         stage = make_stage(msgspec.structs.replace(EXACT, checkpoint_activations=checkpointing), model=model)
         stage.network.zero_grad()
         stage.totals(stage.load(0, [1, 3]))["loss"].backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in stage.network.parameters() if p.grad is not None]))
+        gradients.append({name: p.grad for name, p in stage.network.named_parameters() if p.grad is not None})
     torch.testing.assert_close(gradients[0], gradients[1])
 
 

@@ -24,7 +24,8 @@ def test_packaged_checkpoint_was_made_with_the_packaged_recipe():
     recipe = read_recipe([layer], {name: stage.config for name, stage in STAGES.items()}, TABLES)
     with packaged_checkpoint() as folder:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    assert run.keys() == recipe.stages.keys()
+    assert run.keys() == {*recipe.stages, "grpo"}
+    assert run["grpo"]["config"] == json.loads(msgspec.json.encode(recipe.tables["grpo"].identity()))
     for name, stage in recipe.stages.items():
         assert run[name]["config"] == json.loads(msgspec.json.encode(stage.config)), name
         assert run[name]["optimiser"] == json.loads(msgspec.json.encode(stage.optimiser)), name
