@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -133,9 +134,8 @@ class GrpoSetup:
 
     def _write(self) -> None:
         start, model, out = self._inputs.start, self._learner.model, self._out
-        runs = json.loads(_text_before(start, RUN_FILE) or "{}") | {
-            self._learner.stage.name: json.loads((self.folder / RUN_FILE).read_text(encoding="utf-8"))
-        }
+        runs = _runs_before(start)
+        runs[self._learner.stage.name] = json.loads((self.folder / RUN_FILE).read_text(encoding="utf-8"))
         curve = _text_before(start, CURVE_FILE) + (self.folder / CURVE_FILE).read_text(encoding="utf-8")
         files = {name: self._inputs.work / name for name in (CURVE_FILE, RUN_FILE)}
         for name, text in ((CURVE_FILE, curve), (RUN_FILE, json.dumps(runs, indent=1) + "\n")):
@@ -179,6 +179,15 @@ def _text_before(start: Start, name: str) -> str:
         return ""
     file = start.source.tokenizer_file.parent / name
     return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def _runs_before(start: Start) -> dict[str, Any]:
+    """Its stages; none where the file says nothing of stages, which must not cost the run its result."""
+    try:
+        found = json.loads(_text_before(start, RUN_FILE) or "{}")
+    except json.JSONDecodeError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def check_start(start: Start, config: GrpoConfig, out: Path, *, has_flights: bool) -> None:
